@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import linear
 
 from qkit.calibration.statistics import Stats
+from qkit.engine.end_to_end import END_TO_END
 from qkit.engine.forecast import UPDATE, Forecast, solving_operations
 from qkit.engine.solving import solve_matrix
 from qkit.families.blocks import Linear
@@ -41,6 +42,7 @@ FACTORS = {
     "errors weighted by the loss": 2.0,
     "tokens weighted by the loss": 2.0,
     "synthetic samples": 4.0,
+    END_TO_END: 2.0,
     PACKING: 5.0,
 }
 # Seconds of passes of a profile over those of products in float32; from one profile of tiny-llama.
@@ -84,7 +86,9 @@ def _rates(plan: Plan, pool: Workers) -> Iterator[tuple[str, float]]:
     product = 2.0 * _TOKENS * rows * columns
     forward = _rate(product, _product(weights, inputs, getattr(torch, plan.run_dtype)))
     exact = _rate(product, _product(weights, inputs, torch.float32))
-    yield from ((phase, forward) for phase in ("forward passes", "tokens weighted by the loss", "synthetic samples"))
+    yield from (
+        (phase, forward) for phase in ("forward passes", "tokens weighted by the loss", "synthetic samples", END_TO_END)
+    )
     yield from ((phase, exact) for phase in ("errors weighted by the loss", "scales of inputs"))
     yield "learned rounding", forward
     updates = _rate(float(UPDATE * rows * columns), _update(costly, weights)) if plan.learns else exact

@@ -1,11 +1,12 @@
 """End-to-end learning with one block in memory.
 
-The gradient of a block's weights becomes a step of its offsets as soon as the way back has passed it. Offsets and weights of
+The gradient of a block's weights becomes a step of its scales as soon as the way back has passed it. Factors and weights of
 all other blocks are in a file, and so is what the original model's last block gives, which no step changes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,26 +24,29 @@ from qkit.files.offload import OffloadedTensors
 from qkit.nn.attention import LONGEST
 from qkit.planning.linear_plan import LinearPlan
 from qkit.planning.plan import Plan, parts
-from qkit.rounding.learned_weight import LearnedWeight, LearningState
+from qkit.rounding.learned_scale import LearnedScale
 from qkit.rounding.sliced import divergence, divergence_gradient, slice_bytes
 from qkit.system.memory import give_back
+from qkit.tensor.params import param_shape
 from qkit.tensor.qtensor import QTensor
+
+_STEP = 24  # bytes of buffers for each weight of a linear whose scales make a step
 
 
 @dataclass(frozen=True)
 class _Stored:
     """A linear of a block, and the places of its tensors in the file.
 
-    part: index of its part in the job; first: None where offsets began at zero
+    part: index of its part in the job; state: factors of scales and their moments; weight: as the model runs with it;
+    best: the scales to keep
     """
 
     linear: Linear
     plan: LinearPlan
     part: int
-    offset: int
-    first: int | None
+    state: int
     weight: int
-    codes: int
+    best: int
 
 
 class BlockwiseModel:
@@ -66,38 +70,37 @@ class BlockwiseModel:
         self.hooks[block.path] = []
         linears = [x for x in block.linears if x.name in plan.linears]
 
-        def begun(linear: Linear) -> tuple[LearningState, Tensor, QTensor]:
+        def begun(linear: Linear) -> tuple[LearnedScale, Tensor, Tensor]:
             with torch.inference_mode(False):
-                learner = self._learner(linear, plan.linears[linear.name], part)
-                state = LearningState.begin(learner, self.chain.rows.dtype)
-                return state, state.weight(), state.result()
+                learned = self._learned_scale(linear, plan.linears[linear.name], part)
+                state = learned.begin()
+                return learned, state, learned.dense(state[0]).to(self.chain.rows.dtype)
 
-        for linear, (state, weight, q) in zip(linears, self.pool.stream(begun, linears), strict=True):
+        for linear, (learned, state, weight) in zip(linears, self.pool.stream(begun, linears), strict=True):
             p = plan.linears[linear.name]
-            first = None if state.first is None else self.file.append(state.first)
-            places = (self.file.append(state.offset), first, self.file.append(weight), self.file.append(q.codes))
+            places = (self.file.append(state), self.file.append(weight), self.file.append(learned.scales(state[0])))
             stored.append(_Stored(linear, p, part, *places))
             if p.activations is not None:
                 _, static = self.job.quantized(part, p.name, p.weights)
-                hook = quantizing_hook(p.activations, static, state.learner.inputs)
+                hook = quantizing_hook(p.activations, static, learned.inputs)
                 self.hooks[block.path].append((linear.param.removesuffix(".weight"), hook))
         give_back()
         return stored
 
     def save_best(self) -> None:
-        """Keep the current codes as the best ones."""
+        """Keep the current scales as the best ones."""
 
         def one(x: _Stored) -> None:
             with torch.inference_mode(False):
-                self.file.replace(x.codes, self._state(x).result().codes)
+                learned = self._learned_scale(x.linear, x.plan, x.part)
+                self.file.replace(x.best, learned.scales(self.file[x.state][0]))
 
         self.pool.map(one, (x for stored in self.stored.values() for x in stored))
 
     def results(self) -> Iterator[tuple[str, QTensor]]:
-        """(linear, its best codes) of all planned linears."""
+        """(linear, it with its best scales) of all planned linears."""
         for x in (x for stored in self.stored.values() for x in stored):
-            q, _ = self.job.quantized(x.part, x.plan.name, x.plan.weights)
-            yield x.plan.name, QTensor(self.file[x.codes], q.params, q.format, q.sparse, q.low_rank)
+            yield x.plan.name, self._learned_scale(x.linear, x.plan, x.part).with_scales(self.file[x.best])
 
     def divergence(self, rows: Sequence[int]) -> float:
         """Summed KL divergence from the original model over the tokens of the rows that count, in nats."""
@@ -111,8 +114,8 @@ class BlockwiseModel:
 
         return sum(self.pool.map(one, zip(pieces, outputs, strict=True)))
 
-    def step(self, rows: Sequence[int], rate: float) -> None:
-        """A step along the gradients of the summed KL divergence of the rows."""
+    def step(self, rows: Sequence[int], number: int, rate: float) -> None:
+        """Step ``number``, from 1, along the gradients of the summed KL divergence of the rows."""
         pieces, kept = self._pieces(rows), OffloadedTensors(self.chain.rows.path.parent)
         outputs = self.chain.forward([self.chain.entering(p) for p in pieces], self._quantized, kept)
 
@@ -131,26 +134,19 @@ class BlockwiseModel:
         for block in self.chain.backward(kept, gradients, self._learned):
             stored = self.stored[self.chain.blocks[block.number][0].path]
             by_piece = list(block.parameters)
-            found = [[x.linear.part(g[x.linear.param]) for g in by_piece] for x in stored]
-            self.pool.map(lambda pair: self._update(*pair, rate), zip(stored, found, strict=True))
+            by_linear = [[x.linear.part(g[x.linear.param]) for g in by_piece] for x in stored]
+            self.pool.map(lambda pair: self._update(*pair, number, rate), zip(stored, by_linear, strict=True))
 
-    def _update(self, x: _Stored, gradients: list[Tensor], rate: float) -> None:
+    def _update(self, x: _Stored, gradients: list[Tensor], number: int, rate: float) -> None:
         with torch.inference_mode(False):
-            state = self._state(x)
-            self.file.replace(x.weight, state.step_offsets(gradients, rate))
-            self.file.replace(x.offset, state.offset)
+            learned = self._learned_scale(x.linear, x.plan, x.part)
+            state = learned.step(self.file[x.state], gradients, number, rate)
+            self.file.replace(x.state, state)
+            self.file.replace(x.weight, learned.dense(state[0]).to(self.chain.rows.dtype))
 
-    def _state(self, x: _Stored) -> LearningState:
-        learner = self._learner(x.linear, x.plan, x.part)
-        factor = torch.ones(*learner.q.params.scale.shape, 1)
-        first = None if x.first is None else self.file[x.first]
-        return LearningState(learner, self.chain.rows.dtype, self.file[x.offset], factor, first)
-
-    def _learner(self, linear: Linear, p: LinearPlan, part: int) -> LearnedWeight:
+    def _learned_scale(self, linear: Linear, p: LinearPlan, part: int) -> LearnedScale:
         q, _ = self.job.quantized(part, p.name, p.weights)
-        inputs = self.job.inputs(part, p.name, p.shape[1], p.rotation)
-        weight = inputs.weight(self._read(part, f"{p.name}.weight").float())
-        return LearnedWeight.of(linear, weight, q, inputs)
+        return LearnedScale(linear, q, self.job.inputs(part, p.name, p.shape[1], p.rotation))
 
     def _pieces(self, rows: Sequence[int]) -> list[list[int]]:
         return [list(rows[slice(*span)]) for span in spans(len(rows), self.chain.rows.tokens)]
@@ -202,18 +198,17 @@ class BlockwiseModel:
             yield module
 
 
-def blockwise_memory(plan: Plan, structure: ModelStructure, workers: int) -> int:
+def blockwise_memory(plan: Plan, structure: ModelStructure, workers: int, batch: int) -> int:
     """Peak bytes.
 
     These are: the head; a block, gradients of its weights for every piece, hidden states of the batch and their gradients, and
     for each worker either the activations of a piece for the backward pass, or the buffers of one linear's step, or a slice of
-    logits. At the end all codes, which become a part of the job.
+    logits. batch: rows of a step
     """
     assert plan.calibration is not None
     length, item, config = plan.calibration.seqlen, getattr(torch, plan.run_dtype).itemsize, structure.text_config
     sizes = {p.name: p.shape[0] * p.shape[1] for p in plan.linears.values()}
     hidden, heads = (int(getattr(config, n, None) or 0) for n in ("hidden_size", "num_attention_heads"))
-    batch = next(iter(plan.linears.values())).options["batch"]
     pieces = spans(batch, length)
     tokens, scores = pieces[0][1] * length, 4 * heads * length if length <= LONGEST else 0
     vocabulary = int(config.vocab_size)
@@ -221,22 +216,22 @@ def blockwise_memory(plan: Plan, structure: ModelStructure, workers: int) -> int
     passing = 3 * batch * length * hidden * item
     largest, most = max(sizes.values()), max(len(block.linears) for block in structure.blocks)
     moments = [head + passing + busy * slice_bytes(vocabulary, item)]
-    moments.append(head + (min(workers, most) * (16 + 40) + 16) * largest)  # what the descent begins with
+    moments.append(head + min(workers, most) * (_STEP + item) * largest)  # what the descent begins with
     for block in structure.blocks:
         weights = [x.shape[0] * x.shape[1] for x in block.linears]
         learned = [sizes[x.name] for x in block.linears if x.name in sizes]
         widths = sum(sum(x.shape) for x in block.linears) + 8 * hidden
-        active = max(tokens * (2 * widths + scores) * item, 40 * max(learned, default=0))
+        active = max(tokens * (2 * widths + scores) * item, _STEP * max(learned, default=0))
         moments.append(head + passing + (sum(weights) + len(pieces) * sum(learned)) * item + busy * active)
-    return int(max(head + sum(sizes.values()), with_fragments(max(moments))))
+    return int(with_fragments(max(moments)))
 
 
-def blockwise_disk(plan: Plan, structure: ModelStructure) -> int:
-    """Bytes of temporary files, and of the part that is committed: for every weight the offset and its first value (float32),
-    its dequantized value, and the first and the best codes; and hidden states of all rows and of a batch."""
+def blockwise_disk(plan: Plan, structure: ModelStructure, batch: int) -> int:
+    """Bytes of temporary files: every dequantized weight; for every scale its factor and two moments (float32), and the best
+    one; and hidden states of all rows and of a batch."""
     assert plan.calibration is not None
     hidden, item = int(structure.text_config.hidden_size), getattr(torch, plan.run_dtype).itemsize
-    batch = next(iter(plan.linears.values())).options["batch"]
     rows = 3 * plan.calibration.count + batch * len(structure.blocks)
     weights = sum(p.shape[0] * p.shape[1] for p in plan.linears.values())
-    return int(weights * (4 + 4 + item + 1 + 1) + rows * plan.calibration.seqlen * hidden * item)
+    scales = sum(math.prod(param_shape(p.weights, p.shape)) for p in plan.linears.values())
+    return int(weights * item + scales * (3 * 4 + 4) + rows * plan.calibration.seqlen * hidden * item)

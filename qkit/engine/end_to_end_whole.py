@@ -1,6 +1,6 @@
 """End-to-end learning of a model whose blocks cannot be run one after another: all of it is in memory.
 
-Memory holds the model, the offsets, and gradients of all linears.
+Memory holds the model, the codes, the dequantized weights, and gradients of all linears.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qkit.engine.original_model import original_model
 from qkit.families.structure import ModelStructure
 from qkit.nn.attention import LONGEST, PlainAttention
 from qkit.planning.plan import Plan, parts
-from qkit.rounding.learned_weight import LearnedWeight, LearningState
+from qkit.rounding.learned_scale import LearnedScale
 from qkit.system.parallel import Workers
 from qkit.tensor.qtensor import QTensor
 
@@ -30,7 +30,7 @@ Tokens = tuple[
 
 
 class WholeModel:
-    """The original and the quantized model, with a learning state for every planned linear.
+    """The original and the quantized model, with learned scales for every planned linear.
 
     Pieces of a batch run in parallel and are summed in order: the result does not depend on the number of workers.
     """
@@ -40,30 +40,29 @@ class WholeModel:
         self.calibration, self.pool, self.local = plan.calibration, pool, threading.local()
         dtype = getattr(torch, plan.run_dtype)
         source = original_model(plan, structure, job)
-        self.states, self.paths, self.hooks = list[LearningState](), list[str](), list[tuple[str, Any]]()
+        self.learned, self.paths, self.hooks = list[LearnedScale](), list[str](), list[tuple[str, Any]]()
         for index, block in enumerate(parts(plan, structure)):
             for linear in (x for x in block.linears if x.name in plan.linears):
                 p = plan.linears[linear.name]
                 q, static = job.quantized(index, p.name, p.weights)
                 inputs = job.inputs(index, p.name, p.shape[1], p.rotation)
-                weight = inputs.weight(linear.view(source.get_submodule(block.path)).float())
-                learner = LearnedWeight.of(linear, weight, q, inputs).cloned()
-                self.states.append(LearningState.begin(learner, dtype))
+                self.learned.append(LearnedScale(linear, q, inputs))
                 self.paths.append(f"{block.path}.{linear.param}")
                 if p.activations is not None:
                     hook = quantizing_hook(p.activations, static, inputs)
                     self.hooks.append((self.paths[-1].removesuffix(".weight"), hook))
-        self.original = source.to(dtype)
-        self.weights = pool.map(LearningState.weight, self.states)
+        self.original, self.dtype = source.to(dtype), dtype
+        self.states = [x.begin() for x in self.learned]
+        self.weights = self._dense()
         self.save_best()
 
     def save_best(self) -> None:
-        """Keep the current codes as the best ones."""
-        self.best = self.pool.map(LearningState.result, self.states)
+        """Keep the current scales as the best ones."""
+        self.best = [x.result(state[0]) for x, state in zip(self.learned, self.states, strict=True)]
 
     def results(self) -> list[tuple[str, QTensor]]:
-        """(linear, its best codes) of all planned linears."""
-        return [(s.learner.linear.name, q) for s, q in zip(self.states, self.best, strict=True)]
+        """(linear, it with its best scales) of all planned linears."""
+        return [(x.linear.name, q) for x, q in zip(self.learned, self.best, strict=True)]
 
     def divergence(self, rows: Sequence[int]) -> float:
         """Summed KL divergence from the original model over the tokens of the rows that count, in nats."""
@@ -74,8 +73,8 @@ class WholeModel:
 
         return sum(self.pool.map(one, self._pieces(rows)))
 
-    def step(self, rows: Sequence[int], rate: float) -> None:
-        """A step along the gradients of the summed KL divergence of the rows."""
+    def step(self, rows: Sequence[int], number: int, rate: float) -> None:
+        """Step ``number``, from 1, along the gradients of the summed KL divergence of the rows."""
 
         def one(piece: Tokens) -> tuple[Tensor, ...]:
             with torch.inference_mode(False), torch.enable_grad(), PlainAttention():
@@ -85,8 +84,18 @@ class WholeModel:
                 )
 
         gradients = zip(*self.pool.map(one, self._pieces(rows)), strict=True)
-        pairs = zip(self.states, gradients, strict=True)
-        self.weights = self.pool.map(lambda pair: pair[0].step_offsets(pair[1], rate), pairs)
+        triples = zip(self.learned, self.states, gradients, strict=True)
+        self.states = self.pool.map(lambda triple: triple[0].step(*triple[1:], number, rate), triples)
+        self.weights = self._dense()
+
+    def _dense(self) -> list[Tensor]:
+        """The weights as the model runs with them."""
+
+        def one(pair: tuple[LearnedScale, Tensor]) -> Tensor:
+            with torch.inference_mode(False):
+                return pair[0].dense(pair[1][0]).to(self.dtype)
+
+        return self.pool.map(one, zip(self.learned, self.states, strict=True))
 
     def _pieces(self, rows: Sequence[int]) -> list[Tokens]:
         tokens, mask = self.calibration.tokens, self.calibration.mask
@@ -103,7 +112,7 @@ class WholeModel:
         return nn.functional.kl_div(log_probs, original, reduction="sum", log_target=True)
 
     def _by_path(self, weights: Sequence[Tensor]) -> dict[str, Tensor]:
-        linears = (x.learner.linear for x in self.states)
+        linears = (x.linear for x in self.learned)
         return {p: x.as_stored(w) for p, x, w in zip(self.paths, linears, weights, strict=True)}
 
     def _log_probs(self, model: nn.Module, weights: Mapping[str, Tensor], tokens: Tensor | None) -> Tensor:
@@ -124,22 +133,22 @@ class WholeModel:
         return model
 
 
-def whole_memory(plan: Plan, structure: ModelStructure, workers: int) -> int:
+def whole_memory(plan: Plan, structure: ModelStructure, workers: int, batch: int) -> int:
     """Peak bytes.
 
-    These are: the model in float32 and in the dtype that it runs in; for every weight the original, the offset and its first
-    value (float32), and the first and the best codes; the dequantized weights and their gradients for every piece; and for each
-    worker the activations of a piece for the backward pass, and its logits.
+    These are: the model in float32 and in the dtype that it runs in; for every weight its code, the dequantized weight, and
+    its gradients for every piece; and for each worker the activations of a piece for the backward pass, and its logits.
+    batch: rows of a step
     """
     assert plan.calibration is not None
     length = plan.calibration.seqlen
     item, sizes = getattr(torch, plan.run_dtype).itemsize, [p.shape[0] * p.shape[1] for p in plan.linears.values()]
-    pieces = spans(next(iter(plan.linears.values())).options["batch"], length)
+    pieces = spans(batch, length)
     tokens = pieces[0][1] * length
     hidden, heads = (int(getattr(structure.text_config, n, None) or 0) for n in ("hidden_size", "num_attention_heads"))
     scores = 4 * heads * length if length <= LONGEST else 0
     widths = sum(p.shape[0] + p.shape[1] for p in plan.linears.values())
     activations = tokens * (widths + (8 * hidden + scores) * len(structure.blocks)) * item
     logits = tokens * structure.text_config.vocab_size * (4 * 4 + 2 * item)
-    learned = sum(sizes) * (14 + (1 + len(pieces)) * item) + 32 * max(sizes)
+    learned = sum(sizes) * (1 + (2 + len(pieces)) * item) + 32 * max(sizes)
     return int(4 * structure.parameters + learned + min(workers, len(pieces)) * (activations + logits))

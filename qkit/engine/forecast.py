@@ -121,9 +121,9 @@ def forecast(
         part_bytes += sum(low_rank_bytes(p.shape, p.rank) for x in block.linears if (p := plan.linears.get(x.name)))
         ops["forward passes"] += passes * 2.0 * size * tokens
         if plan.learns and calibration is not None:
-            products, updates = _descent(plan, block, size, calibration)
-            ops["learned rounding"] += products
-            ops["updates of learned rounding"] += updates
+            steps, step_tokens = _descent(plan, block, calibration)
+            ops["learned rounding"] += 6.0 * size * steps * step_tokens
+            ops["updates of learned rounding"] += float(UPDATE * size * steps)
         for group in block.groups:
             p = plan.linears.get(group.linears[0].name)
             if p is None:
@@ -240,15 +240,13 @@ def _block_memory(plan: Plan, block: BlockStructure, weights: int, heads: int, i
     return base + max(moments)
 
 
-def _descent(plan: Plan, block: BlockStructure, size: int, rows: Calibration) -> tuple[float, float]:
-    """Operations of learned rounding, (of products, of updates). Every step has a forward and a backward pass (twice the cost),
-    and updates every weight; the end-to-end stage also runs every block again before it goes back."""
+def _descent(plan: Plan, block: BlockStructure, rows: Calibration) -> tuple[int, int]:
+    """Steps of learned rounding of a block, and tokens of each. A step has a forward and a backward pass (twice the cost), and
+    updates every weight."""
     planned = next((p for x in block.linears if (p := plan.linears.get(x.name)) is not None), None)
     if planned is None:
-        return 0.0, 0.0
-    steps, tokens = planned.options["steps"], min(planned.options["batch"], rows.count) * rows.seqlen
-    end_to_end = plan.learning("e2e_steps")
-    return float(size * tokens * (6 * steps + 8 * end_to_end)), float(size * UPDATE * (steps + end_to_end))
+        return 0, 0
+    return planned.options["steps"], min(planned.options["batch"], rows.count) * rows.seqlen
 
 
 def _learning(plan: Plan, block: BlockStructure, busy: list[LinearGroup], heads: int, item: int, workers: int) -> int:

@@ -47,7 +47,7 @@ from qkit.tensor.formats import Format
 from qkit.tensor.input_transform import RESIDUAL, SCALE, InputTransform
 from qkit.tensor.qtensor import Params, QTensor
 
-WHOLE = "whole"  # the stage that learns the codes of all linears together
+WHOLE = "whole"  # the stage that learns the scales of all linears together
 # Of a linear in a part: "<linear>:<piece>". 'original' is a weight that a transform rewrote, before it was quantized.
 _BESIDE = (*sparse.PIECES, *lowrank.PIECES)
 _PARAMS = ("scale", "zero", "global_scale", "minimum", "super_scale", "super_minimum")
@@ -255,7 +255,7 @@ class Job:
         part = self.part(index)
         not_solved = ("original", SCALE, RESIDUAL)
         infos = {k: part[f"{name}:{k}"] for k in PIECES if f"{name}:{k}" in part and k not in not_solved}
-        for stage, later in ((WHOLE, ("codes",)), ("repair", sparse.PIECES)):
+        for stage, later in ((WHOLE, ("scale", "super_scale")), ("repair", sparse.PIECES)):
             stage_index = self.stage(stage)
             stage_part = {} if stage_index is None else self.part(stage_index)
             infos.update({k: stage_part[f"{name}:{k}"] for k in later if f"{name}:{k}" in stage_part})
@@ -272,7 +272,7 @@ class Job:
         return InputTransform.of(scale, rotation, residual, columns)
 
     def stage(self, name: str) -> int | None:
-        """Index of the part that a stage after the last block committed: "whole", codes of all linears; "repair", their sparse
+        """Index of the part that a stage after the last block committed: "whole", scales of all linears; "repair", their sparse
         parts; "cache", the scales of the KV cache."""
         return next((i for i, entry in self.entries.items() if entry.get("stage") == name), None)
 

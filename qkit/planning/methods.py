@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from qkit.calibration.dataset import Calibration
@@ -9,7 +10,9 @@ from qkit.errors import Unsupported, UsageError
 from qkit.families.discover import kind_of
 from qkit.families.structure import ModelStructure
 from qkit.planning.kept import check_keeping
+from qkit.planning.linear_plan import LinearPlan
 from qkit.planning.recipe import Recipe
+from qkit.rounding.learned_scale import has_learned_scales
 from qkit.transforms.rotate import check_rotatable
 from qkit.transforms.table import TRANSFORMS
 
@@ -59,10 +62,13 @@ def check_method(
         raise Unsupported(
             "option 'guided' needs the predictions of a language model of texts alone, and this is none: leave it out"
         )
+    fused = any(x.expert is not None for b in structure.blocks for x in b.linears)
+    if recipe.options.get("e2e_steps"):
+        _check_end_to_end(structure, fused)
     learned = next((t for t in transforms if TRANSFORMS[t].stage == "block"), None)
     if learned is None:
         return
-    if any(x.expert is not None for b in structure.blocks for x in b.linears):
+    if fused:
         raise Unsupported(
             f"method {learned} needs linears that are modules, and this model has fused experts: use gptq"
         )
@@ -75,9 +81,17 @@ def check_method(
             raise UsageError(
                 "option 'loss_weighted' and method rotate exclude each other: the loss is measured before the rotation"
             )
-    if recipe.options.get("e2e_steps") and (structure.towers or not structure.is_language_model):
+
+
+def _check_end_to_end(structure: ModelStructure, fused: bool) -> None:
+    """fused: whether experts are slices of one parameter"""
+    if structure.towers or not structure.is_language_model:
         raise Unsupported(
             "option 'e2e_steps' needs the predictions of a language model, and this is none: leave it out"
+        )
+    if fused:
+        raise Unsupported(
+            "option 'e2e_steps' needs linears that are modules, and this model has fused experts: set it to 0"
         )
 
 
@@ -94,6 +108,15 @@ def check_doubled(method: str, transforms: tuple[str, ...], doubled: int) -> Non
         raise Unsupported(
             f"method {method}: residual channels need inputs with one scale per small group, which no layer has: "
             "use scheme nvfp4"
+        )
+
+
+def check_learned_scales(linears: Iterable[LinearPlan]) -> None:
+    """Raises UsageError where end-to-end learning is asked for and no layer has scales that it can move."""
+    asked = [p for p in linears if p.options.get("e2e_steps")]
+    if asked and not any(has_learned_scales(p.weights) for p in asked):
+        raise UsageError(
+            f"option 'e2e_steps' learns scales, and those of {asked[0].weights.name} are too far apart, or shared: set it to 0"
         )
 
 

@@ -31,7 +31,7 @@ from qkit.planning.fused_layers import ANY, check_shapes, engine_lines_of, fused
 from qkit.planning.kept import PLAIN_REASON, kept_fields
 from qkit.planning.layout import check_layout
 from qkit.planning.linear_plan import LinearPlan
-from qkit.planning.methods import check_doubled, check_method
+from qkit.planning.methods import check_doubled, check_learned_scales, check_method
 from qkit.planning.recipe import Recipe, RecipeTrial, check_rules, parse_method, rule_for
 from qkit.planning.sizes import check_rank, packed_bytes
 from qkit.planning.towers import tower_rules
@@ -112,8 +112,8 @@ class Plan:
         return any(TRANSFORMS[t].stage == "block" for t in self.transforms)
 
     def learning(self, option: str) -> int:
-        """The largest value of 'loss_weighted' or 'e2e_steps' of any linear; 0 without learned rounding."""
-        return max(int(p.options.get(option, 0)) for p in self.linears.values()) if self.learns else 0
+        """The largest value of 'loss_weighted' or 'e2e_steps' of any linear; 0 where no method has the option."""
+        return max((int(p.options.get(option, 0)) for p in self.linears.values()), default=0)
 
     @cached_property
     def needs(self) -> frozenset[str]:
@@ -222,6 +222,7 @@ def make_plan(
             check_rank(linears[linear.name], structure.dtype)
     if not linears:
         raise UsageError("nothing is left to quantize: every layer is skipped by a rule or by default")
+    check_learned_scales(linears.values())
     check_doubled(recipe.method, transforms, sum(p.residual for p in linears.values()))
     significant = round(recipe.significant / 100 * sum(p.shape[0] * p.shape[1] for p in linears.values()))
     rows = rows_reason(linears, transforms, significant)

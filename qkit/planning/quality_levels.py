@@ -56,18 +56,25 @@ def settings_of(kind: str, level: str) -> tuple[Setting, ...]:
 _SIGNED = {"signed": True}
 _SWEPT = {"sweeps": 4, "compensate": 0.5}
 _GUIDED = {"guided": True}
-_LEARNED = {"loss_weighted": True, "e2e_steps": 128}
-_SYNTHETIC = 192
+_LEARNED = {"loss_weighted": True, "e2e_steps": 32}
+_E2E = {"e2e_steps": 16}
+_SYNTHETIC, _FEW_SYNTHETIC = 64, 32
 _ROUNDS, _SOLVES = "rounding with a search of scales, which reads no data", "GPTQ with passes over codes and scales"
 _GUIDES = "GPTQ with passes over codes and scales, and tokens weighted by their effect on the loss"
-_LEARNS, _LEARNS_ALL = "rounding is learned on blocks", "rounding is learned on blocks, then on the whole model"
+_GUIDES_E2E = f"{_GUIDES}, then scales are learned on the whole model"
+_LEARNS = "rounding is learned on blocks"
+_LEARNS_ALL = "rounding is learned on blocks, then scales on the whole model"
 ROUNDING = Setting(method="rtn", why=_ROUNDS)
 _SIGNED_ROUNDING = Setting(method="rtn", options=_SIGNED, why=_ROUNDS)
 _GPTQ = Setting(method="gptq", options=_SWEPT, why=_SOLVES)
 _SIGNED_GPTQ = Setting(method="gptq", options={**_SIGNED, **_SWEPT}, why=_SOLVES)
 _GUIDED_GPTQ = Setting(method="gptq", options={**_SIGNED, **_SWEPT, **_GUIDED}, why=_GUIDES)
+_E2E_GPTQ = Setting(
+    method="gptq", options={**_SIGNED, **_SWEPT, **_GUIDED, **_E2E}, synthetic=_FEW_SYNTHETIC, why=_GUIDES_E2E
+)
 _GGUF_GPTQ = Setting(method="gptq", why=_SOLVES)
 _GUIDED_GGUF = Setting(method="gptq", options=_GUIDED, why=_GUIDES)
+_E2E_GGUF = Setting(method="gptq", options={**_GUIDED, **_E2E}, synthetic=_FEW_SYNTHETIC, why=_GUIDES_E2E)
 _PIPELINE_GPTQ = Setting(method="gptq", options={**_SIGNED, "sweeps": 4}, why="GPTQ on samples of the pipeline")
 _SMOOTHS = "outliers of inputs are moved into the weights, then GPTQ"
 _SMOOTH = Setting(method="smoothquant+gptq", options={**_SIGNED, "sweeps": 4}, why=_SMOOTHS)
@@ -98,8 +105,8 @@ KINDS = {
 SETTINGS: dict[str, dict[str, tuple[Setting, ...]]] = {
     "narrow": {
         "fast": (_SIGNED_ROUNDING,),
-        "balanced": (_GUIDED_GPTQ, _SIGNED_GPTQ),
-        "best": (_LEARNED_NARROW, _LEARNED_NARROW_BLOCKS, _GUIDED_GPTQ, _SIGNED_GPTQ),
+        "balanced": (_E2E_GPTQ, _GUIDED_GPTQ, _SIGNED_GPTQ),
+        "best": (_LEARNED_NARROW, _LEARNED_NARROW_BLOCKS, _E2E_GPTQ, _GUIDED_GPTQ, _SIGNED_GPTQ),
     },
     "wide": {"fast": (ROUNDING,), "balanced": (_GPTQ,), "best": (_GPTQ,)},
     "int": {
@@ -115,8 +122,8 @@ SETTINGS: dict[str, dict[str, tuple[Setting, ...]]] = {
     },
     "gguf": {
         "fast": (ROUNDING,),
-        "balanced": (_GUIDED_GGUF, _GGUF_GPTQ),
-        "best": (_LEARNED_GGUF, _GUIDED_GGUF, _GGUF_GPTQ),
+        "balanced": (_E2E_GGUF, _GUIDED_GGUF, _GGUF_GPTQ),
+        "best": (_LEARNED_GGUF, _E2E_GGUF, _GUIDED_GGUF, _GGUF_GPTQ),
     },
     # Calibration samples the whole pipeline for every prompt.
     "diffusion": {"fast": (ROUNDING,), "balanced": (ROUNDING,), "best": (_PIPELINE_GPTQ,)},

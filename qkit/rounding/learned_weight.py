@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from qkit.families.blocks import Linear
+from qkit.rounding.learned_scale import scales_times, summed
 from qkit.tensor import lowrank, sparse
-from qkit.tensor.block_params import nearest_integers, to_f16
 from qkit.tensor.input_transform import InputTransform
 from qkit.tensor.qtensor import (
     QTensor,
@@ -105,13 +105,6 @@ class LearnedWeight:
         by_scale.addcmul_(self._above_zero_(grid_position), by_offset, value=-1)
         return by_offset.mul_(sign), by_scale.sum(-1, keepdim=True).mul_(sign)
 
-    def offset_gradients(self, offset: Tensor, factor: Tensor, weight_gradient: Tensor) -> Tensor:
-        """Gradients of offsets alone, as of ``gradients`` but exact in size."""
-        scale = self._scale(factor)
-        grid_position = self._grid_position(scale)
-        _, _, by_offset = self._by_offset(grid_position, offset, weight_gradient)
-        return by_offset.mul_(scale * self._spacing(grid_position))
-
     def _by_offset(
         self, grid_position: Tensor, offset: Tensor, weight_gradient: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,16 +154,7 @@ class LearnedWeight:
 
     def _stored(self, factor: Tensor) -> Tensor:
         """Scales in their dtype on disk."""
-        scale = self.q.params.scale
-        if scale.dtype == torch.uint8:  # exponents: a factor cannot reach the next one
-            return scale
-        scaled = scale.float() * factor[..., 0]
-        if self.q.params.super_scale is not None:
-            return nearest_integers(scaled, self.q.format)
-        if scale.dtype == torch.float16 and self.q.format.gguf:
-            return to_f16(scaled)
-        limits = torch.finfo(scale.dtype)
-        return scaled.abs().clamp(limits.tiny, limits.max).copysign(scaled).to(scale.dtype)
+        return scales_times(self.q.params, factor[..., 0], self.q.format)
 
 
 class LearningState:
@@ -195,19 +179,12 @@ class LearningState:
     def step(self, gradients: Sequence[Tensor], rate: float) -> Tensor:
         """The weight after a step of length ``rate`` along the signs of the summed gradients of all pieces."""
         with torch.inference_mode(False):
-            by_offset, by_factor = self.learner.gradients(self.offset, self.factor, _sum(gradients))
+            by_offset, by_factor = self.learner.gradients(self.offset, self.factor, summed(gradients))
             if (
                 self.learner.q.format.strategy != "tensor"
             ):  # the only scale may be shared with linears that engines fuse
                 self.factor.sub_(by_factor.sign_(), alpha=rate).clamp_(*_FACTORS)
             return self._step_to(by_offset.sign_(), rate)
-
-    def step_offsets(self, gradients: Sequence[Tensor], rate: float) -> Tensor:
-        """The weight after a step of offsets alone, along their gradients scaled to a root mean square of ``rate``."""
-        with torch.inference_mode(False):
-            by_offset = self.learner.offset_gradients(self.offset, self.factor, _sum(gradients))
-            size = by_offset.square().mean().sqrt()
-            return self._step_to(by_offset.div_(size.clamp_min(torch.finfo(size.dtype).tiny)), rate)
 
     def _step_to(self, direction: Tensor, rate: float) -> Tensor:
         self.offset.sub_(direction, alpha=rate)
@@ -221,10 +198,3 @@ class LearningState:
         """What the current offsets and factors stand for."""
         with torch.inference_mode(False):
             return self.learner.finish(self.offset, self.factor)
-
-
-def _sum(gradients: Sequence[Tensor]) -> Tensor:
-    summed = gradients[0].float()
-    for gradient in gradients[1:]:
-        summed += gradient
-    return summed

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from qkit.system.option import SIGNED, Option, Options, needs_of_options
+from qkit.system.option import E2E_STEPS, SIGNED, Option, Options, needs_of_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,6 +101,7 @@ SOLVERS: dict[str, Solver] = {
                 default=False,
                 summary="tokens weighted by their effect on the loss, by gradients of the original model (arXiv 2505.07004)",
             ),
+            "e2e_steps": E2E_STEPS,
         },
         needs=frozenset({"hessian"}),
         option_needs=(("compensate", "original_inputs"), ("guided", "loss_gradients")),

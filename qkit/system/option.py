@@ -66,6 +66,12 @@ def needs_of_options(needs: tuple[tuple[str, str], ...], options: Options, value
     return frozenset(need for name, need in needs if values.get(name, options[name].default) != options[name].default)
 
 
+E2E_STEPS = Option(
+    default=0,
+    summary="steps of end-to-end learning of scales after all blocks (arXiv 2407.11062, section 3.3)",
+    least=0,
+    formerly="whole",
+)
 SIGNED = Option(
     default=False,
     summary="negative scales for symmetric integers of up to 4 bits, so that the larger side gets the extra code",

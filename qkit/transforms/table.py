@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from qkit.system.option import SIGNED, Option, Options, needs_of_options
+from qkit.system.option import E2E_STEPS, SIGNED, Option, Options, needs_of_options
 
 if TYPE_CHECKING:
     from qkit.tensor.formats import Scheme
@@ -144,12 +144,7 @@ TRANSFORMS: dict[str, Transform] = {
                 summary="block errors weighted by their effect on the loss, which a pass of the original model measures",
                 formerly="weigh",
             ),
-            "e2e_steps": Option(
-                default=0,
-                summary="steps of end-to-end learning after all blocks; writes about 12 bytes a parameter to the job folder",
-                least=0,
-                formerly="whole",
-            ),
+            "e2e_steps": E2E_STEPS,
             "signed": Option(default=True, summary=SIGNED.summary),  # of the solver before it, whose default is no
         },
         needs=frozenset({"original_outputs"}),

@@ -16,7 +16,7 @@ from qkit.calibration.dataset import Calibration
 from qkit.diffusion.pipeline import SECOND, check_pipeline, files_around
 from qkit.diffusion.policy import BY_STEP
 from qkit.engine.auto import forecast_of, plan_of
-from qkit.engine.end_to_end import end_to_end_disk, end_to_end_memory, learn_end_to_end
+from qkit.engine.end_to_end import END_TO_END, end_to_end_disk, end_to_end_memory, end_to_end_tokens, learn_end_to_end
 from qkit.engine.ends import quantize_ends
 from qkit.engine.expert_pruning import pruning_memory, with_chosen_experts
 from qkit.engine.export import export, is_export_of, job_identity, source_hashes
@@ -124,29 +124,29 @@ def prepare(
     passes = gradient_passes(plan, structure, threads)
     after |= {name: p.memory for name, p in passes.items()}
     if plan.learning("e2e_steps"):
-        after["learned rounding of the whole model"] = end_to_end_memory(plan, structure, threads)
+        after[END_TO_END] = end_to_end_memory(plan, structure, threads)
     if plan.calibration is not None and plan.calibration.written:
         after["rows that the model writes"] = synthetic_memory(plan, whole_of(structure), threads)
     if isinstance(structure, PrunedStructure):
         after["scores of experts"] = pruning_memory(plan, structure)
     if "rotate" in plan.transforms:
         after["proof of the rotation"] = proof_memory(whole_of(structure))
-    beforehand = _operations_beforehand(plan, structure, passes)
+    of_model = _operations_of_model(plan, structure, passes)
     notes = () if request.recorded is None else tuple(run_notes(request.recorded, plan))
     cost = forecast_of(plan, structure, threads, after)
     beside = max((p.disk for p in passes.values()), default=0)
     beside = max(beside, end_to_end_disk(plan, structure) if plan.learning("e2e_steps") else 0)
-    cost = replace(cost, job_bytes=cost.job_bytes + beside, operations={**cost.operations, **beforehand})
+    cost = replace(cost, job_bytes=cost.job_bytes + beside, operations={**cost.operations, **of_model})
     return PreparedRequest(plan, structure, cost, components, notes, tuple(passes))
 
 
-def _operations_beforehand(
-    plan: Plan, structure: ModelStructure, passes: Mapping[str, PassForecast]
-) -> dict[str, float]:
-    """Operations of what a run makes of the whole model before it comes to the blocks, by phase."""
+def _operations_of_model(plan: Plan, structure: ModelStructure, passes: Mapping[str, PassForecast]) -> dict[str, float]:
+    """Operations of what a run makes of the whole model before it comes to the blocks, and once they are done, by phase."""
     rows, operations = plan.calibration, {name: p.operations for name, p in passes.items()}
     if rows is not None and rows.written:
         operations["synthetic samples"] = pass_operations(structure, rows.written * rows.seqlen)
+    if plan.learning("e2e_steps"):
+        operations[END_TO_END] = pass_operations(structure, end_to_end_tokens(plan))
     return operations
 
 

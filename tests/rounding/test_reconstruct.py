@@ -128,8 +128,6 @@ def test_slopes_are_the_gradients(fmt: Format, inputs: InputTransform) -> None:
     assert float((found[0].sign() != expected[0].sign()).float().mean()) < 1e-3
     if fmt.scale != "e8m0":  # where a factor reaches no other exponent
         assert not torch.equal(x.finish(offset, factor).params.scale.float(), x.q.params.scale.float())
-    sized = x.offset_gradients(offset, factor, slope)
-    assert float(((sized - expected[0]).abs() > 1e-4 + 1e-3 * expected[0].abs()).float().mean()) < 1e-3
 
 
 def test_a_sparse_part_stays() -> None:
