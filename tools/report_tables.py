@@ -12,8 +12,8 @@ from qkit.planning.quality_levels import LEVELS
 
 REPORTS = Path(__file__).parents[1] / "reports"
 # Option of a report -> its name today: reports keep the names of the day they were made.
-NEW_NAMES = {"--written": "--synthetic-samples", "weigh": "loss_weighted", "whole": "e2e_steps"}
-BEST = "gptq signed=true sweeps=4 compensate=0.5", "signround weigh=true --written=192 whole=128"
+NEW_NAMES = {"--written": "--synthetic-samples", "weigh": "loss_weighted"}
+BEST = "gptq signed=true sweeps=4 compensate=0.5", "signround weigh=true --written=192"
 
 
 def report(name: str) -> Any:
@@ -82,32 +82,23 @@ def comparison(*schemes: str) -> str:
 
 
 def summary() -> str:
-    """One row per scheme: the run of qkit with the smallest divergence beside that of the best rival."""
-    everything = report("comparison/tiny-llama")
-    original = report("quality/tiny-llama")["reference"]
-    rows = []
-    for scheme in ("w4a16", "w3a16", "w2a16", "nvfp4", "w8a8"):
-        ours = [r for r in everything if r["scheme"] == scheme and r["tool"] == "qkit"]
-        best = min(ours, key=lambda r: r["wikitext2"]["kl"])
-        rival = rival_of(best, everything)
-        assert rival is not None
-        rows.append(
-            {
-                "scheme": f"`{scheme}`" + (", groups of 64" if scheme == "w2a16" else ""),
-                "size, MB": mb(best["bytes"]),
-                "qkit": named(best["kind"]),
-                "perplexity, KL": figures(best),
-                "best other tool": named(rival["kind"]),
-                "its perplexity, KL": figures(rival),
-            }
-        )
-    size = mb(report("requant/tiny-llama")[0]["bytes"])
-    return markdown(rows) + f"\n\nThe original model has a perplexity of {original:.2f} at {size} MB."
+    """One row per scheme and level of quality that a rival was measured beside, with the best rival of the scheme."""
+    rows, found = [], report("comparison/levels-smollm2")
+    for x in found:
+        rivals = [r for r in found if r["scheme"] == x["scheme"] and r["level"] not in LEVELS]
+        if not rivals or x["level"] not in LEVELS[1:]:
+            continue
+        rival = min(rivals, key=lambda r: r["wikitext2"]["kl"])
+        row = {"scheme": f"`{x['scheme']}`", "size, MB": mb(x["bytes"]), "qkit": f"`--quality {x['level']}`"}
+        row |= {"perplexity, KL, on chat": figures(x), "best other tool": rival["level"], "its figures": figures(rival)}
+        rows.append(row)
+    return markdown(rows) + f"\n\nThe original model has a perplexity of {found[0]['wikitext2']['original']:.2f}."
 
 
 def figures(run: Row) -> str:
-    """Perplexity, divergence and seconds of a run on WikiText-2."""
-    return f"{run['wikitext2']['perplexity']:.2f}, {run['wikitext2']['kl']:.4f} in {run['seconds']:.0f} s"
+    """Perplexity and divergence on WikiText-2, and divergence on chat where it was measured."""
+    kinds = [run["wikitext2"]["kl"], *([run["chat"]["kl"]] if "chat" in run else [])]
+    return ", ".join([f"{run['wikitext2']['perplexity']:.2f}", *(f"{kl:.3g}" for kl in kinds)])
 
 
 def choices() -> str:
@@ -125,7 +116,7 @@ def choices() -> str:
             "the best 4-bit file",
             "w4a16",
             BEST[1],
-            "--method signround {written} --option {weigh}=true --option {whole}=128",
+            "--method signround {written} --option {weigh}=true",
         ),
         ("the best 3-bit file", "w3a16", BEST[1], "the same"),
         ("the best 2-bit file", "w2a16", BEST[1], "the same, with --group-size 64"),
@@ -145,7 +136,7 @@ def choices() -> str:
         ),
     ]
     names = {"written": NEW_NAMES.get("--written", "--written") + " 192"}
-    names |= {old: NEW_NAMES.get(old, old) for old in ("weigh", "whole")}
+    names["weigh"] = NEW_NAMES.get("weigh", "weigh")
     everything = {(r["scheme"], r["kind"]): r for r in report("comparison/tiny-llama")}
     rows = []
     for need, scheme, kind, arguments in wanted:

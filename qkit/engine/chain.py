@@ -126,8 +126,9 @@ class Chain:
             step()
         return list(pieces)
 
-    def leaving(self, load: Loading) -> OffloadedTensors:
-        """What leaves the last block, a tensor [length, hidden] for each row."""
+    def leaving(self, load: Loading, rows: Sequence[int] | None = None) -> OffloadedTensors:
+        """What leaves the last block, a tensor [length, hidden] for each of the rows; None: of all."""
+        chosen = range(self.rows.count) if rows is None else rows
         before: OffloadedTensors | None = None
         for block, call in self.blocks:
             after = OffloadedTensors(self.rows.path.parent)
@@ -136,10 +137,11 @@ class Chain:
                 def one(span: tuple[int, int], before: OffloadedTensors | None = before, call: Call = call,
                         module: nn.Module = module) -> Tensor:  # fmt: skip
                     with PlainAttention():
-                        kept = None if before is None else torch.stack([before[i] for i in range(*span)])
-                        return call(module, self.rows.read(*span) if kept is None else kept)
+                        if before is None:
+                            return call(module, self.entering(chosen[slice(*span)]))
+                        return call(module, torch.stack([before[i] for i in range(*span)]))
 
-                for piece in self.pool.stream(one, spans(self.rows.count, self.rows.tokens)):
+                for piece in self.pool.stream(one, spans(len(chosen), self.rows.tokens)):
                     for row in piece:
                         after.append(row)
             before = after

@@ -12,6 +12,7 @@ be run one after another, it is the whole model (``end_to_end_whole``).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,30 +43,43 @@ def learn_end_to_end(plan: Plan, structure: ModelStructure, job: Job, pool: Work
     steps = plan.learning("e2e_steps")
     if not steps or job.stage(WHOLE) is not None:
         return
+    assert plan.calibration is not None
+    rows = list(range(len(plan.calibration.tokens)))
+    first_held = len(rows) - held_out(len(rows))
+    batches, held_rows = _batches(rows[:first_held] or rows, steps, plan.seed), rows[first_held:]
     progress.start(END_TO_END, steps)
     with torch.inference_mode(False):
         chain = chain_of(plan, structure, job, pool)
         if chain is None:
-            _learn(plan, job, WholeModel(plan, structure, job, pool), steps, progress)
+            _learn(plan, job, WholeModel(plan, structure, job, pool), batches, held_rows, progress)
             return
         with chain:
-            _learn(plan, job, BlockwiseModel(plan, structure, job, chain), steps, progress)
+            read = sorted({*held_rows, *(row for batch in batches for row in batch)})
+            _learn(plan, job, BlockwiseModel(plan, structure, job, chain, read), batches, held_rows, progress)
 
 
-def _learn(plan: Plan, job: Job, model: BlockwiseModel | WholeModel, steps: int, progress: Progress) -> None:
-    assert plan.calibration is not None
-    rows, mask = list(range(len(plan.calibration.tokens))), plan.calibration.mask
-    first_held = len(rows) - held_out(len(rows))
-    held_rows, training_rows = rows[first_held:], rows[:first_held] or rows
-    counted = plan.calibration.tokens[first_held:].numel() if mask is None else int(mask[first_held:].sum())
-    first_divergence = best_divergence = model.divergence(held_rows) / counted
-    order, queue = torch.Generator().manual_seed(plan.seed), list[int]()
-    for number in range(steps):
+def _batches(training_rows: Sequence[int], steps: int, seed: int) -> list[list[int]]:
+    """The rows of each step: all rows in a drawn order, then all in another one."""
+    order, queue = torch.Generator().manual_seed(seed), list[int]()
+    batches = []
+    for _ in range(steps):
         if len(queue) < BATCH:
             queue = torch.randperm(len(training_rows), generator=order).tolist() + queue
-        chosen = [queue.pop() for _ in range(min(BATCH, len(queue)))]
+        batches.append([training_rows[queue.pop()] for _ in range(min(BATCH, len(queue)))])
+    return batches
+
+
+def _learn(
+    plan: Plan, job: Job, model: BlockwiseModel | WholeModel, batches: list[list[int]], held_rows: list[int],
+    progress: Progress,
+) -> None:  # fmt: skip
+    assert plan.calibration is not None
+    steps, mask = len(batches), plan.calibration.mask
+    counted = plan.calibration.tokens[held_rows].numel() if mask is None else int(mask[held_rows].sum())
+    first_divergence = best_divergence = model.divergence(held_rows) / counted
+    for number, rows in enumerate(batches):
         rate = RATE * min(1, (number + 1) * _RISING / steps) * (1 - number / steps)
-        model.step([training_rows[i] for i in chosen], number + 1, rate)
+        model.step(rows, number + 1, rate)
         if (number + 1) % -(-steps // LOOKS) == 0 or number + 1 == steps:
             divergence = model.divergence(held_rows) / counted
             if divergence < best_divergence:
@@ -83,11 +97,11 @@ def _learn(plan: Plan, job: Job, model: BlockwiseModel | WholeModel, steps: int,
 
 def end_to_end_tokens(plan: Plan) -> int:
     """Tokens of the end-to-end stage, once for each pass forward that they cost: in a step one, one more on the way back, and
-    two for gradients; one of the original model over all rows; and those of the held-out rows."""
+    two for gradients; one of the original model over the rows that are read; and those of the held-out rows."""
     rows = plan.calibration
     assert rows is not None
-    passes = 4 * plan.learning("e2e_steps") * min(BATCH, rows.count) + rows.count + (1 + LOOKS) * held_out(rows.count)
-    return passes * rows.seqlen
+    held, drawn = held_out(rows.count), plan.learning("e2e_steps") * min(BATCH, rows.count)
+    return (4 * drawn + min(drawn + held, rows.count) + (1 + LOOKS) * held) * rows.seqlen
 
 
 def end_to_end_memory(plan: Plan, structure: ModelStructure, workers: int) -> int:

@@ -55,13 +55,14 @@ class BlockwiseModel:
     Pieces of a batch run in parallel and are summed in order: the result does not depend on the number of workers.
     """
 
-    def __init__(self, plan: Plan, structure: ModelStructure, job: Job, chain: Chain) -> None:
+    def __init__(self, plan: Plan, structure: ModelStructure, job: Job, chain: Chain, rows: Sequence[int]) -> None:
+        """rows: all that will be read"""
         assert plan.calibration is not None
         self.chain, self.job, self.pool, self.mask = chain, job, chain.pool, plan.calibration.mask
         self.file = OffloadedTensors(chain.rows.path.parent)
         self.part_of = {block.path: i for i, block in enumerate(parts(plan, structure))}
         self.hooks: dict[str, list[tuple[str, Any]]] = {}
-        self.original = chain.leaving(self._original)
+        self.original, self.place = chain.leaving(self._original, rows), {row: i for i, row in enumerate(rows)}
         self.stored = {block.path: self._begin(plan, block) for block, _ in chain.blocks}
 
     def _begin(self, plan: Plan, block: BlockStructure) -> list[_Stored]:
@@ -156,7 +157,7 @@ class BlockwiseModel:
         return slice(None) if self.mask is None else self.mask[rows].flatten()
 
     def _original_of(self, rows: list[int]) -> Tensor:
-        return torch.cat([self.original[i] for i in rows])
+        return torch.cat([self.original[self.place[row]] for row in rows])
 
     # ---- blocks on the disk ----------------------------------------------------------------------------------
 

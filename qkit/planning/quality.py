@@ -28,10 +28,13 @@ def preferred(request: Request, level: str) -> Request:
 
 
 def with_setting(request: Request, setting: Setting) -> Request:
-    """The request with a setting; options that it has itself go over those of the setting."""
+    """The request with a setting; options that it has itself go over those of the setting.
+
+    Where it asks for no samples of a text, the setting adds none that the model writes.
+    """
     return replace(
         request,
         method=setting.method,
         options={**setting.options, **request.options},
-        synthetic_samples=request.synthetic_samples or setting.synthetic,
+        synthetic_samples=request.synthetic_samples or (setting.synthetic if request.samples else 0),
     )

@@ -45,12 +45,14 @@ class Attempt:
 
 @dataclass(frozen=True)
 class QualityChoice:
-    """What a level chose. next_level, above: the next level that asks for more, and what it would choose; None: none does"""
+    """What a level chose. next_level, above: the next level that asks for more, and what it would choose; None: none does.
+    same: higher levels that choose the same"""
 
     level: str
     chosen: Attempt
     next_level: str | None = None
     above: Attempt | None = None
+    same: tuple[str, ...] = ()
 
     def sentences(self) -> Iterator[str]:
         """What was chosen and why, what could not be had, and what the next level costs."""
@@ -58,6 +60,8 @@ class QualityChoice:
         yield f"quality {self.level}: method {setting} ({setting.why}); --method chooses another"
         for sentence in self.chosen.left_out:
             yield f"not used: {sentence}"
+        for level in self.same:
+            yield f"--quality {level}: the same method, for this scheme and model"
         if self.above is not None:
             yield (
                 f"--quality {self.next_level}: method {self.above.setting} ({self.above.setting.why}), "
@@ -67,6 +71,8 @@ class QualityChoice:
     def _cost(self, above: Attempt) -> str:
         """The cost of the next level beside that of this one."""
         memory = f"{megabytes(above.memory)} of memory (here {megabytes(self.chosen.memory)})"
+        if self.chosen.rows is None and above.rows is not None:
+            return f"which runs the model on calibration samples, {memory}"
         if not self.chosen.operations or not above.operations:
             return memory
         return f"about {times(above.operations / self.chosen.operations)} the operations, {memory}"
@@ -92,15 +98,16 @@ def choose(request: Request, level: str) -> tuple[Request, QualityChoice]:
     Raises what ``prepare`` raises for a request that no method can serve.
     """
     kind = "diffusion" if is_pipeline(find_model(request.model)) else kind_of_request(request)
-    chosen = _first(request, settings_of(kind, level))
+    chosen, same = _first(request, settings_of(kind, level)), list[str]()
     for higher in LEVELS[LEVELS.index(level) + 1 :]:
         try:
             above = _first(request, settings_of(kind, higher), chosen.rows, fall_back=False)
         except QkitError:  # what this model cannot have is no advice
             continue
         if above.setting != chosen.setting:
-            return chosen.request, QualityChoice(level, chosen, higher, above)
-    return chosen.request, QualityChoice(level, chosen)
+            return chosen.request, QualityChoice(level, chosen, higher, above, tuple(same))
+        same.append(higher)
+    return chosen.request, QualityChoice(level, chosen, same=tuple(same))
 
 
 def _first(

@@ -35,7 +35,7 @@ from qkit.files.safefile import read_header
 
 HERE = Path(__file__).resolve().parent
 WINDOW, WINDOWS = 512, 200
-LEARNED, WHOLE = ("weigh=true", "--written=192"), "whole=128"  # chosen on the texts that are named in the README
+LEARNED = ("loss_weighted=true", "--synthetic-samples=192")  # chosen on the texts that are named in the README
 SWEPT = ("sweeps=4",)
 QKIT, AUTOROUND, LLMCOMPRESSOR = "qkit", "AutoRound", "llm-compressor"
 # Between this process and the tool: Linux counts what a process was before it became another program to its peak, and this one
@@ -80,7 +80,7 @@ def entries() -> list[Run]:
         found += [Run(QKIT, scheme, group, "gptq", ("signed=true", *x)) for x in (SWEPT, (*SWEPT, "compensate=0.5"))]
         found.append(Run(QKIT, scheme, group, "auto"))
         found += [Run(QKIT, scheme, group, method) for method in ("signround", "gptq+signround")]
-        found += [Run(QKIT, scheme, group, "signround", x) for x in (LEARNED, (*LEARNED, WHOLE))]
+        found.append(Run(QKIT, scheme, group, "signround", LEARNED))
         found.append(Run(QKIT, scheme, group, "smoothquant+signround", LEARNED))  # for models with outliers
         found += [Run(AUTOROUND, scheme, group, "signround"), Run(LLMCOMPRESSOR, scheme, group, "gptq")]
     for scheme in ("nvfp4", "w4a8", "w8a8"):

@@ -53,10 +53,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "rtn": ("--method", "rtn"),
     "gptq": ("--method", "gptq"),
     "gptq sweeps=0 compensate=0": ("--method", "gptq", "--option", "sweeps=0", "--option", "compensate=0"),
-    "gptq+signround": (
-        *("--method", "gptq+signround", "--option", "loss_weighted=true", "--option", "e2e_steps=128"),
-        *("--synthetic-samples", "192"),
-    ),
+    "best": ("--quality", "best"),
 }
 RIVALS = ("plain", "imatrix")
 

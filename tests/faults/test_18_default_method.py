@@ -45,10 +45,18 @@ def test_the_plan_says_what_was_chosen_and_what_more_costs(run, tiny, small, cal
     )
     here, above = (sum(prepare(preferred(request, level)).forecast.operations.values()) for level in LEVELS[1:])
     if chosen["next"] is None:
-        assert here == above and "--quality best" not in said
+        assert here == above and "--quality best: the same method, for this scheme and model" in said
     else:
         assert f"--quality best: method {SETTINGS[kind_of_request(request)]['best'][0].method} with " in said
         assert f"about {times(above / here)} the operations" in said and chosen["ratio"] == above / here
+
+
+def test_what_reads_data_is_not_measured_by_what_reads_none(run, tiny, small, tmp_path):
+    said, _ = quality_of(
+        run, tmp_path, "--model", tiny("llama"), "--scheme", "w4a16", *small, *GROUP, "--quality", "fast"
+    )
+    assert "--quality balanced: method gptq with " in said and "which runs the model on calibration samples, " in said
+    assert "the operations" not in said
 
 
 def test_a_level_can_be_asked_for(run, tiny, small, tmp_path):
@@ -62,7 +70,10 @@ def test_quantize_does_what_the_plan_says(run, tiny, small, tmp_path):
     asked = ("--model", tiny("llama"), "--scheme", "w4a16", *small, *GROUP)
     code, said, err = run("quantize", *asked, "--out", tmp_path / "out")
     assert code == 0 and said.count("quality balanced: method gptq with ") == 1, err
-    options = [x for o in ("signed=true", "sweeps=4", "compensate=0.5", "guided=true") for x in ("--option", o)]
+    options = [
+        x for o in ("signed=true", "sweeps=4", "compensate=0.5", "guided=true", "e2e_steps=16") for x in ("--option", o)
+    ]
+    options += ["--synthetic-samples", "32"]
     assert run("quantize", *asked, "--method", "gptq", *options, "--out", tmp_path / "named")[0] == 0
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "named"))
     assert one == two
