@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
-from qkit.planning.quality_levels import Setting, kind_of_schemes, settings_of
+from qkit.planning.quality_levels import SAMPLES, Setting, kind_of_schemes, settings_of
 from qkit.planning.request import Request, recipe_of
 
 
@@ -30,11 +31,12 @@ def preferred(request: Request, level: str) -> Request:
 def with_setting(request: Request, setting: Setting) -> Request:
     """The request with a setting; options that it has itself go over those of the setting.
 
-    Where it asks for no samples of a text, the setting adds none that the model writes.
+    Where it asks for fewer samples of a text than usual, the setting adds fewer that the model writes, in proportion.
     """
+    share = min(1, max(0, request.samples) / SAMPLES)
     return replace(
         request,
         method=setting.method,
         options={**setting.options, **request.options},
-        synthetic_samples=request.synthetic_samples or (setting.synthetic if request.samples else 0),
+        synthetic_samples=request.synthetic_samples or math.ceil(setting.synthetic * share),
     )

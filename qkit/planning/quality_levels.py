@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 LEVELS = ("fast", "balanced", "best")
 DEFAULT = "balanced"
+SAMPLES = 128  # of a text, for which numbers of synthetic samples are meant
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What a level asks for.
 
-    method, options: as of a request; synthetic: number of samples that the model writes itself, beside those of the text;
+    method, options: as of a request; synthetic: number of samples that the model writes itself, beside SAMPLES of the text;
     why: half a sentence for people
     """
 

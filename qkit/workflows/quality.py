@@ -119,8 +119,9 @@ def _first(
     wrong with the request.
     """
     left_out = list[str]()
-    for setting in settings:
-        asked = with_setting(request, setting)
+    for listed in settings:
+        asked = with_setting(request, listed)
+        setting = replace(listed, synthetic=asked.synthetic_samples)
         try:
             prepared = prepare(asked, None if rows is None else replace(rows, written=asked.synthetic_samples))
         except (Unsupported, UsageError) as e:
