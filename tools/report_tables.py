@@ -8,7 +8,7 @@ from typing import Any
 
 from markdown_table import Row, markdown
 
-from qkit.planning.quality_levels import LEVELS
+from qkit.planning.quality_levels import DEFAULT, LEVELS
 
 REPORTS = Path(__file__).parents[1] / "reports"
 # Option of a report -> its name today: reports keep the names of the day they were made.
@@ -82,11 +82,11 @@ def comparison(*schemes: str) -> str:
 
 
 def summary() -> str:
-    """One row per scheme and level of quality that a rival was measured beside, with the best rival of the scheme."""
+    """One row per scheme that a rival was measured for: the default, and the best rival."""
     rows, found = [], report("comparison/levels-smollm2")
     for x in found:
         rivals = [r for r in found if r["scheme"] == x["scheme"] and r["level"] not in LEVELS]
-        if not rivals or x["level"] not in LEVELS[1:]:
+        if not rivals or x["level"] != DEFAULT:
             continue
         rival = min(rivals, key=lambda r: r["wikitext2"]["kl"])
         row = {"scheme": f"`{x['scheme']}`", "size, MB": mb(x["bytes"]), "qkit": f"`--quality {x['level']}`"}
