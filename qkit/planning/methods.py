@@ -116,7 +116,7 @@ def check_learned_scales(linears: Iterable[LinearPlan]) -> None:
     asked = [p for p in linears if p.options.get("e2e_steps")]
     if asked and not any(has_learned_scales(p.weights) for p in asked):
         raise UsageError(
-            f"option 'e2e_steps' learns scales, and those of {asked[0].weights.name} are too far apart, or shared: set it to 0"
+            f"option 'e2e_steps' learns scales, and {asked[0].weights.name} has none that can be learned: set it to 0"
         )
 
 

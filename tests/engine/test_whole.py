@@ -137,6 +137,9 @@ def test_its_memory_and_its_operations_are_told(asked: Request) -> None:
 def test_bad_input(asked: Request, vlm: Any) -> None:
     with pytest.raises(UsageError, match="option 'e2e_steps': expected 0 or more, found -1"):
         prepare(replace(asked, options={"e2e_steps": -1}))
+    for scheme in ("mxfp4", "nvfp4"):
+        with pytest.raises(UsageError, match=f"'e2e_steps' learns scales, and {scheme} has none that can be learned"):
+            prepare(replace(asked, scheme=scheme, group_size=None))
     told = "option 'e2e_steps' needs the predictions of a language model, and this is none"
     for other in (
         Request(model="tiny-video", scheme="w4a8", method="gptq+signround"),

@@ -37,9 +37,9 @@ def test_steps_are_those_of_adam(fmt: Format, inputs: InputTransform) -> None:
     assert torch.equal(dequantize(x.result(state[0])), dequantize(x.q))
     expected = torch.ones_like(state[0]).requires_grad_()
     adam = torch.optim.Adam([expected], lr=0.01, betas=(0.9, 0.95), eps=1e-12)
-    made = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(3)
     for number in (1, 2, 3):
-        pieces = torch.randn(2, *SHAPE, generator=made)
+        pieces = torch.randn(2, *SHAPE, generator=generator)
         state = x.step(state, list(pieces), number, 0.01)
         adam.zero_grad()
         of_factors(x, expected).backward(pieces.sum(0))
@@ -61,5 +61,5 @@ def test_what_runs_is_what_the_file_has(fmt: Format) -> None:
         n: t.dtype for n, t in vars(x.q.params).items() if t is not None
     }
     assert torch.equal(x.dense(factor), dequantize(q))
-    wanted, there = of_factors(x, factor), dequantize(q)
-    assert float((there - wanted).norm() / wanted.norm()) < 0.005
+    wanted, packed = of_factors(x, factor), dequantize(q)
+    assert float((packed - wanted).norm() / wanted.norm()) < 0.005
