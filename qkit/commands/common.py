@@ -180,8 +180,8 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
         calibration(
             "--synthetic-samples",
             type=int,
-            help="Number of calibration samples that the model generates itself, in addition to --samples (default: 0). With "
-            "--samples 0 no data is needed.",
+            help="Number of calibration samples that the model generates itself, in addition to --samples (default: those of "
+            "--quality, which qkit plan lists; with --method: 0). With --samples 0 no data is needed.",
         ),
         click.option("--written", cls=RenamedOption, now="--synthetic-samples", type=int),
         diffusion(

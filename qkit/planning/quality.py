@@ -34,9 +34,10 @@ def with_setting(request: Request, setting: Setting) -> Request:
     Where it asks for fewer samples of a text than usual, the setting adds fewer that the model writes, in proportion.
     """
     share = min(1, max(0, request.samples) / SAMPLES)
+    asked = request.synthetic_samples
     return replace(
         request,
         method=setting.method,
         options={**setting.options, **request.options},
-        synthetic_samples=request.synthetic_samples or math.ceil(setting.synthetic * share),
+        synthetic_samples=math.ceil(setting.synthetic * share) if asked is None else asked,
     )

@@ -195,7 +195,7 @@ def _calibration(plan: Plan, request: Request) -> RecordedCalibration | None:
     return RecordedCalibration(
         samples=request.samples,
         seqlen=request.seqlen,
-        synthetic_samples=request.synthetic_samples,
+        synthetic_samples=request.written,
         padded=request.padded,
         answers_only=request.answers_only,
         sources=sources,

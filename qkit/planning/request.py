@@ -22,16 +22,16 @@ class Request:
     """The options of ``qkit quantize``.
 
     adapter: the folder of an adapter (LoRA) that is merged into the model.
-    calib: the calibration data, one source or several, as ``calibration.sources`` reads them; None: the embedded data. samples
-    x seqlen tokens of it are used where the method needs any, and ``synthetic_samples`` rows more, which the model writes
-    itself. padded: a row for each record; answers_only: only tokens of answers count. recipe: a YAML file; scheme, method,
-    group_size and options given here go over it. rules: as in a recipe, what an allocation decided. effort: a name of EFFORTS,
-    options of learned rounding. outliers, rank, significant, embeddings, head, targets, engine, gpu, tp: as in a recipe; None:
-    what the recipe says. keep_source: globs of layers that stay as a quantized source stores them, before all rules. call: of a
-    diffusion pipeline, what it is called with while it is calibrated; its calib are prompts, one a line, and rows_memory
-    the bytes that rows may use in memory; policy: as in a recipe. kv: the KV cache policy that the result is to be run
-    with, as ``Policy.to_json`` gives it; key_exponents: as in a plan. recorded: what the recipe file says of the run that wrote
-    it.
+    calib: the calibration data, one source or several, as ``calibration.sources`` reads them; None: the embedded data.
+    samples x seqlen tokens of it are used where the method needs any, and ``synthetic_samples`` rows more, which the model
+    writes itself; None: as many as the level of quality asks for, else none. padded: a row for each record; answers_only:
+    only tokens of answers count. recipe: a YAML file; scheme, method, group_size and options given here go over it. rules:
+    as in a recipe, what an allocation decided. effort: a name of EFFORTS, options of learned rounding. outliers, rank,
+    significant, embeddings, head, targets, engine, gpu, tp: as in a recipe; None: what the recipe says. keep_source: globs
+    of layers that stay as a quantized source stores them, before all rules. call: of a diffusion pipeline, what it is
+    called with while it is calibrated; its calib are prompts, one a line, and rows_memory the bytes that rows may use in
+    memory; policy: as in a recipe. kv: the KV cache policy that the result is to be run with, as ``Policy.to_json`` gives
+    it; key_exponents: as in a plan. recorded: what the recipe file says of the run that wrote it.
     """
 
     model: str
@@ -65,7 +65,7 @@ class Request:
     calib: Given = None
     samples: int = 128
     seqlen: int = 256
-    synthetic_samples: int = 0
+    synthetic_samples: int | None = None
     padded: bool = False
     answers_only: bool = False
     seed: int = 0
@@ -73,6 +73,11 @@ class Request:
     kv: dict[str, Any] | None = None
     key_exponents: tuple[tuple[tuple[int, ...], ...], ...] | None = None
     recorded: RecordedRun | None = None
+
+    @property
+    def written(self) -> int:
+        """Number of calibration rows that the model writes itself."""
+        return self.synthetic_samples or 0
 
     @property
     def sources(self) -> tuple[CalibSource, ...]:
@@ -142,9 +147,9 @@ def recipe_of(request: Request) -> Recipe:
 
 def check_rows(request: Request, least: int = 1) -> None:
     """Raises UsageError for numbers of calibration rows that are out of range. least: samples that are needed"""
-    if request.synthetic_samples < 0:
+    if request.written < 0:
         raise UsageError(f"--synthetic-samples {request.synthetic_samples}: expected 0 or more")
-    if request.samples < 0 or request.samples + request.synthetic_samples < least or request.seqlen < 2:
+    if request.samples < 0 or request.samples + request.written < least or request.seqlen < 2:
         without = " (or --synthetic-samples, which need no data)" if request.samples == 0 else ""
         raise UsageError(
             f"--samples {request.samples} --seqlen {request.seqlen}: expected at least {least} sample{without} of at least 2 "

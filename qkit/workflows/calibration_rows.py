@@ -60,13 +60,13 @@ def calibration_of(request: Request, structure: ModelStructure) -> Calibration:
             f"--{'padded' if request.padded else 'answers-only'} is for texts and chats, and this model is calibrated on more: "
             "leave it out"
         )
-    if request.synthetic_samples and not is_text:
+    if request.written and not is_text:
         raise UsageError(
             f"--synthetic-samples {request.synthetic_samples}: synthetic samples are text, and a "
             f"{kind_of(structure.checkpoint.config)} is calibrated on more than text: leave it out"
         )
     if is_text:
-        return replace(text_rows(request, structure), written=request.synthetic_samples)
+        return replace(text_rows(request, structure), written=request.written)
     return trajectory_rows(request, structure) if structure.family.streams else requested_image_text(request, structure)
 
 

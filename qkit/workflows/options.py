@@ -211,9 +211,9 @@ def _fill_in(options: dict[str, Any], call: dict[str, Any]) -> None:
     run = options["recorded"] = None if options["recipe"] is None else load_run(options["recipe"])
     recorded = RecordedRun() if run is None else run
     calibration = recorded.calibration
-    for name, default in (("samples", 128), ("seqlen", 256), ("synthetic_samples", 0)):
+    for name, default in (("samples", 128), ("seqlen", 256), ("synthetic_samples", None)):
         found = getattr(calibration, name)
-        options[name] = next(x for x in (options[name], found, default) if x is not None)
+        options[name] = next((x for x in (options[name], found) if x is not None), default)
     for name in ("padded", "answers_only"):
         options[name] = options[name] or getattr(calibration, name)
     if options["seed"] is None:

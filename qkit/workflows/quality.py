@@ -121,9 +121,9 @@ def _first(
     left_out = list[str]()
     for listed in settings:
         asked = with_setting(request, listed)
-        setting = replace(listed, synthetic=asked.synthetic_samples)
+        setting = replace(listed, synthetic=asked.written)
         try:
-            prepared = prepare(asked, None if rows is None else replace(rows, written=asked.synthetic_samples))
+            prepared = prepare(asked, None if rows is None else replace(rows, written=asked.written))
         except (Unsupported, UsageError) as e:
             left_out.append(f"{setting}: {e}")
             continue

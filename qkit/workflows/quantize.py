@@ -104,12 +104,12 @@ def prepare(
     _ = structure.checkpoint.side_files  # read and checked before anything is made of the tokenizer
     calibration = calibration_asked(request, structure, recipe, rows)
     plan = plan_of(recipe, structure, calibration, request.seed, request.kv)
-    if request.synthetic_samples and (plan.calibration is None or not plan.needs_rows):
+    if request.written and (plan.calibration is None or not plan.needs_rows):
         raise UsageError(
             f"--synthetic-samples {request.synthetic_samples}: this method uses no calibration samples: use another --method "
             "(signround, gptq, ...), or leave it out"
         )
-    if request.synthetic_samples and not structure.is_language_model:
+    if request.written and not structure.is_language_model:
         raise Unsupported(
             f"--synthetic-samples {request.synthetic_samples}: a {type(structure.model).__name__} does not continue a text: "
             "leave it out"

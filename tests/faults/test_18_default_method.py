@@ -80,6 +80,14 @@ def test_quantize_does_what_the_plan_says(run, tiny, small, tmp_path):
     assert "already complete" in run("quantize", *asked, "--out", tmp_path / "out")[1]
 
 
+def test_synthetic_samples_of_a_level_can_be_left_out(run, tiny, small):
+    asked = ("plan", "--model", tiny("llama"), "--scheme", "w4a16", *GROUP, *small)
+    assert "synthetic samples of" in run(*asked)[1]
+    code, printed, _ = run(*asked, "--synthetic-samples", "0")
+    assert code == 0 and "synthetic samples" not in printed.partition("--quality best")[0]
+    assert "6 synthetic samples of" in run(*asked, "--synthetic-samples", "6")[1]
+
+
 def test_nothing_is_chosen_where_a_method_is_named(run, tiny, small, tmp_path):
     named, plain = tmp_path / "named.yaml", tmp_path / "plain.yaml"
     named.write_text("scheme: w4a16\nmethod: rtn\ngroup_size: 32\n")
