@@ -74,14 +74,19 @@ class Share:
 
     stages: (name, weight of each of its blocks) of every sequence of blocks, in order; none: a run of phases that nobody
     counted, whose share is not known. finished: blocks that were done before. ahead: weights of phases before all blocks, which
-    a run that goes on has again.
+    a run that goes on may have again. behind: weights of phases after all blocks.
     """
 
     def __init__(
-        self, stages: Sequence[tuple[str, Sequence[float]]] = (), finished: int = 0, ahead: Mapping[str, float] = {}
+        self,
+        stages: Sequence[tuple[str, Sequence[float]]] = (),
+        finished: int = 0,
+        ahead: Mapping[str, float] = {},
+        behind: Mapping[str, float] = {},
     ) -> None:
         weights = {(name, 0): w for name, w in ahead.items()}
         weights |= {(name, i + 1): w for name, blocks in stages for i, w in enumerate(blocks)}
+        weights |= {(name, 0): w for name, w in behind.items()}
         total, before = sum(weights.values()) or 1.0, 0.0
         self._spans = dict[tuple[str, int], tuple[float, float]]()  # by block, the share before it, and its own
         for key, weight in weights.items():
@@ -89,7 +94,7 @@ class Share:
             before += self._spans[key][1]
         done = len(ahead) + finished if finished else 0  # the share does not fall back
         self._value = sum(own for _, own in [*self._spans.values()][:done])
-        self._after = finished >= len(self._spans) - len(ahead)  # whether all blocks are done
+        self._after = not behind and finished >= len(self._spans) - len(ahead)  # whether all that is counted is done
         self._at: tuple[str, int] | None = None
         self._phase, self._steps, self._done = "", 0, 0
         self._ended = 0  # phases of this block, or of what comes after the blocks

@@ -282,10 +282,14 @@ class Reporter:
         self._what = ""
 
     def expect(
-        self, stages: Sequence[tuple[str, Sequence[float]]], finished: int = 0, ahead: Mapping[str, float] = {}
+        self,
+        stages: Sequence[tuple[str, Sequence[float]]],
+        finished: int = 0,
+        ahead: Mapping[str, float] = {},
+        behind: Mapping[str, float] = {},
     ) -> None:
-        """The blocks of the run and what comes before them, as for ``Share``: from here on the bar shows the complete run."""
-        self._share = Share(stages, finished, ahead)
+        """The blocks of the run and what is around them, as for ``Share``: from here on the bar shows the complete run."""
+        self._share = Share(stages, finished, ahead, behind)
 
     def start(self, what: str, total: int) -> None:
         """A new phase."""

@@ -99,7 +99,7 @@ def quantize_command(
         console.print(Text(f"{finished} blocks were finished earlier"))
     reporter = Reporter(console, command_line())
     blocks = stages(prepared_request)
-    reporter.expect(blocks, finished, ahead(prepared_request, sum(sum(weights) for _, weights in blocks)))
+    reporter.expect(blocks, finished, *around(prepared_request, sum(sum(weights) for _, weights in blocks)))
     with reporter.running():
         report = quantize(
             request,
@@ -153,12 +153,20 @@ def stages(prepared: PreparedRequest) -> list[tuple[str, list[float]]]:
     ]
 
 
-def ahead(prepared: PreparedRequest, blocks: float) -> dict[str, float]:
-    """The phases that a run goes through before its blocks, for ``Reporter.expect``. blocks: what all blocks count together"""
+def around(prepared: PreparedRequest, blocks: float) -> tuple[dict[str, float], dict[str, float]]:
+    """The phases that a run goes through before its blocks, and after them, for ``Reporter.expect``.
+
+    blocks: what all blocks count together
+    """
+    from qkit.engine.end_to_end import END_TO_END
+
     operations = prepared.forecast.operations
-    passes = {name: operations[name] for name in prepared.passes}
-    rest = sum(operations.values()) - sum(passes.values())
-    return {name: blocks * n / rest for name, n in passes.items()} if rest else {}
+    before, after = prepared.before, [name for name in (END_TO_END,) if name in operations]
+    rest = sum(n for name, n in operations.items() if name not in (*before, *after))
+    if not rest:
+        return {}, {}
+    ahead, behind = ({name: blocks * operations[name] / rest for name in names} for names in (before, after))
+    return ahead, behind
 
 
 def _components(prepared: PreparedRequest, out: Path) -> Iterator[str]:

@@ -18,6 +18,7 @@ from qkit.calibration.statistics import Stats
 from qkit.engine.end_to_end import END_TO_END
 from qkit.engine.forecast import UPDATE, Forecast, solving_operations
 from qkit.engine.solving import solve_matrix
+from qkit.engine.synthetic_rows import SYNTHETIC
 from qkit.families.blocks import Linear
 from qkit.planning.linear_plan import LinearPlan
 from qkit.planning.plan import Plan
@@ -41,7 +42,7 @@ FACTORS = {
     "updates of learned rounding": 1.5,
     "errors weighted by the loss": 2.0,
     "tokens weighted by the loss": 2.0,
-    "synthetic samples": 4.0,
+    SYNTHETIC: 4.0,
     END_TO_END: 2.0,
     PACKING: 5.0,
 }
@@ -86,9 +87,7 @@ def _rates(plan: Plan, pool: Workers) -> Iterator[tuple[str, float]]:
     product = 2.0 * _TOKENS * rows * columns
     forward = _rate(product, _product(weights, inputs, getattr(torch, plan.run_dtype)))
     exact = _rate(product, _product(weights, inputs, torch.float32))
-    yield from (
-        (phase, forward) for phase in ("forward passes", "tokens weighted by the loss", "synthetic samples", END_TO_END)
-    )
+    yield from ((phase, forward) for phase in ("forward passes", "tokens weighted by the loss", SYNTHETIC, END_TO_END))
     yield from ((phase, exact) for phase in ("errors weighted by the loss", "scales of inputs"))
     yield "learned rounding", forward
     updates = _rate(float(UPDATE * rows * columns), _update(costly, weights)) if plan.learns else exact

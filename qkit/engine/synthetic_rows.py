@@ -26,6 +26,7 @@ from qkit.runtime.generate import Decoder, by_sums
 from qkit.system.parallel import Workers
 from qkit.system.progress import Progress
 
+SYNTHETIC = "synthetic samples"  # the phase
 BATCH = 96  # rows that share a generator of random numbers; one worker generates all of them or a part at a time
 
 
@@ -37,7 +38,7 @@ def with_synthetic_rows(plan: Plan, structure: ModelStructure, job: Job, pool: W
     file = job.path / "parts" / "written.safetensors"
     if not file.exists():
         at_a_time = _rows_at_a_time(structure, calibration.seqlen, getattr(torch, plan.run_dtype).itemsize)
-        progress.start("rows that the model writes", len(_batches(calibration.written, at_a_time)))
+        progress.start(SYNTHETIC, len(_batches(calibration.written, at_a_time)))
         model = loading.load_checkpoint(structure.checkpoint, getattr(torch, plan.run_dtype))
         begin = _begin(structure, calibration, plan.seed)
         tokens = generate_rows(model, begin, calibration.seqlen, plan.seed, pool, progress.step, at_a_time)

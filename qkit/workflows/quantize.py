@@ -26,7 +26,7 @@ from qkit.engine.kv_scales import measure_scales
 from qkit.engine.partial_output import Partial
 from qkit.engine.proof import proof_memory, prove_rotation
 from qkit.engine.run import run_blocks
-from qkit.engine.synthetic_rows import synthetic_memory, with_synthetic_rows
+from qkit.engine.synthetic_rows import SYNTHETIC, synthetic_memory, with_synthetic_rows
 from qkit.errors import IOFailure, Unsupported, UsageError, VerifyFailure
 from qkit.families.discover import kind_of
 from qkit.families.encoder import ENCODERS
@@ -71,7 +71,7 @@ class PreparedRequest:
         default_factory=dict
     )  # of a diffusion pipeline, those that are quantized too
     notes: tuple[str, ...] = ()  # what differs from the run that wrote the recipe
-    passes: tuple[str, ...] = ()  # phases with gradients of the original model, before the blocks
+    before: tuple[str, ...] = ()  # phases of the whole original model, before the blocks
 
 
 def open_structure(model: str, language_for: str = "", adapter: str | None = None) -> ModelStructure:
@@ -126,7 +126,7 @@ def prepare(
     if plan.learning("e2e_steps"):
         after[END_TO_END] = end_to_end_memory(plan, structure, threads)
     if plan.calibration is not None and plan.calibration.written:
-        after["rows that the model writes"] = synthetic_memory(plan, whole_of(structure), threads)
+        after[SYNTHETIC] = synthetic_memory(plan, whole_of(structure), threads)
     if isinstance(structure, PrunedStructure):
         after["scores of experts"] = pruning_memory(plan, structure)
     if "rotate" in plan.transforms:
@@ -137,14 +137,15 @@ def prepare(
     beside = max((p.disk for p in passes.values()), default=0)
     beside = max(beside, end_to_end_disk(plan, structure) if plan.learning("e2e_steps") else 0)
     cost = replace(cost, job_bytes=cost.job_bytes + beside, operations={**cost.operations, **of_model})
-    return PreparedRequest(plan, structure, cost, components, notes, tuple(passes))
+    before = (*((SYNTHETIC,) if SYNTHETIC in of_model else ()), *passes)
+    return PreparedRequest(plan, structure, cost, components, notes, before)
 
 
 def _operations_of_model(plan: Plan, structure: ModelStructure, passes: Mapping[str, PassForecast]) -> dict[str, float]:
     """Operations of what a run makes of the whole model before it comes to the blocks, and once they are done, by phase."""
     rows, operations = plan.calibration, {name: p.operations for name, p in passes.items()}
     if rows is not None and rows.written:
-        operations["synthetic samples"] = pass_operations(structure, rows.written * rows.seqlen)
+        operations[SYNTHETIC] = pass_operations(structure, rows.written * rows.seqlen)
     if plan.learning("e2e_steps"):
         operations[END_TO_END] = pass_operations(structure, end_to_end_tokens(plan))
     return operations

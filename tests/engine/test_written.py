@@ -79,7 +79,7 @@ def test_they_are_counted(asked: Request) -> None:
     assert with_them.forecast.operations["forward passes"] == pytest.approx(
         (8 + BATCH + 8) / 8 * without.forecast.operations["forward passes"]
     )
-    assert with_them.forecast.memory["rows that the model writes"] > 2 * with_them.structure.parameters
+    assert with_them.forecast.memory["synthetic samples"] > 2 * with_them.structure.parameters
 
 
 OTHERS = [{"method": "awq"}, {"method": "gptq+signround", "options": {"steps": 8, "batch": 4}}, {"significant": 0.1}]

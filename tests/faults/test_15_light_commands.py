@@ -161,6 +161,13 @@ def test_passes_before_the_blocks_count_by_their_work():
     assert of_rest[:5] == pytest.approx([0.95 * 2.5 / 4] * 5) and of_rest[-1] == pytest.approx(0.95)
 
 
+def test_learning_after_the_blocks_counts_by_its_work():
+    phases = [("block 1/1", 2), ("what is outside the blocks", 1), ("learning", 4), ("export", 1)]
+    of_run = shares(Share([("", [3.0])], behind={"learning": 1.0}), phases)
+    assert of_run[2:5] == pytest.approx([0.95 * 3 / 4] * 3)  # the block, and what nobody counted
+    assert of_run[5:10] == pytest.approx([0.95 * (3 + i / 4) / 4 for i in range(5)]) and of_run[-1] > 0.95
+
+
 def test_phases_that_nobody_counted_have_no_share():
     assert shares(Share(), [("probes", 2)]) == [None] * 3
 
