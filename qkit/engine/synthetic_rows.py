@@ -20,9 +20,10 @@ from qkit.engine.job import Job
 from qkit.families.structure import ModelStructure
 from qkit.files.safefile import read_header, read_tensor, save_tensors
 from qkit.nn.attention import PlainAttention
+from qkit.nn.sampling import by_sums
 from qkit.planning.plan import Plan
 from qkit.runtime import loading
-from qkit.runtime.generate import Decoder, by_sums
+from qkit.runtime.generate import Decoder
 from qkit.system.parallel import Workers
 from qkit.system.progress import Progress
 

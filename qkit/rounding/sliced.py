@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-SLICE_LOGITS = 1 << 21  # that one worker holds at a time; fewer read the head's weights too often
+from qkit.nn.sampling import by_sums
+
+SLICE_LOGITS = 1 << 22  # that one worker holds at a time; fewer read the head's weights too often
 
 Head = Callable[[Tensor], Tensor]  # hidden states [n, hidden] -> logits [n, vocabulary]
 
@@ -69,7 +71,7 @@ def sampled_gradient(head: Head, hidden: Tensor, vocabulary: int, drawn: torch.G
 
     def by_logits(logits: Tensor, part: slice) -> Tensor:
         chances = wide(logits).softmax(-1)
-        return _less_one(chances, torch.multinomial(chances, 1, generator=drawn))
+        return _less_one(chances, by_sums(chances, drawn)[:, None])
 
     return _gradient(head, hidden, vocabulary, by_logits)
 

@@ -18,6 +18,7 @@ from qkit.families.blocks import Linear
 from qkit.families.ends import find_ends
 from qkit.families.structure import ModelStructure
 from qkit.files.offload import Chunks, OffloadedTensors
+from qkit.nn.sampling import by_sums
 from qkit.system.parallel import Workers
 from qkit.tensor.activations import quantize_activations
 from qkit.tensor.formats import Format
@@ -213,7 +214,7 @@ class ReferenceModel:
                 with torch.inference_mode(False), torch.enable_grad():
                     log_probs = self._log_probs(shared_batch.cloned()).flatten(0, -2)
                     drawn = torch.Generator().manual_seed(seed + number)
-                    labels = torch.multinomial(log_probs.detach().exp(), 1, generator=drawn)
+                    labels = by_sums(log_probs.detach().exp(), drawn)[:, None]
                     gradients = _grad(-log_probs.gather(-1, labels).sum(), list(local.inputs.values()))
                 return {path: g.flatten(0, -2) for path, g in zip(local.inputs, gradients, strict=True)}
             finally:

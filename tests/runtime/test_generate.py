@@ -5,7 +5,8 @@ import torch
 
 import qkit
 from qkit.errors import UsageError
-from qkit.runtime.generate import Decoder, by_sums
+from qkit.nn.sampling import by_sums
+from qkit.runtime.generate import Decoder
 
 
 @pytest.fixture(scope="module")
