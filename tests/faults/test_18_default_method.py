@@ -73,7 +73,7 @@ def test_quantize_does_what_the_plan_says(run, tiny, small, tmp_path):
     options = [
         x for o in ("signed=true", "sweeps=4", "compensate=0.5", "guided=true", "e2e_steps=16") for x in ("--option", o)
     ]
-    options += ["--synthetic-samples", "2"]  # for 8 samples of a text; 32 for 128
+    options += ["--synthetic-samples", "3"]  # for 8 samples of a text; 48 for 128
     assert run("quantize", *asked, "--method", "gptq", *options, "--out", tmp_path / "named")[0] == 0
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "named"))
     assert one == two
