@@ -134,7 +134,7 @@ class BlockRunner:
                 reading = reading_of[key]
                 roots = reading.roots(len(x), slice(*span), valid)
                 piece = piece_of(x, stride, request.ranges, own_kinds, strides_by_kind, reading.entering(x, roots))
-                return replace(piece, away=reading.drift(saved[key], x, roots)) if key in saved else piece
+                return replace(piece, away=reading.away(saved[key], x, roots)) if key in saved else piece
 
             pieces = {key: piece_stats(key, x) for key, x in group_inputs.items() if len(x)}
             ended = None if unit is None else arguments.get(unit.last)

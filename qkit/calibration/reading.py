@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -17,12 +18,14 @@ class Reading:
     rounding:  quantization of transformed inputs. Hessian and sample are of quantized inputs, which are what weights are
                multiplied with; ranges, and the drift from the original, are of those before
     weights:   float32 [rows, tokens], what each token counts in Hessian, drift and sample; mean 1
+    drift:     dtype of the products of the drift
     """
 
     transform: Callable[[Tensor], Tensor] | None = None
     divided: Tensor | None = None
     rounding: Callable[[Tensor], Tensor] | None = None
     weights: Tensor | None = None
+    drift: torch.dtype = torch.float32
 
     def transformed(self, x: Tensor) -> Tensor:
         """The inputs that statistics are taken of."""
@@ -47,11 +50,11 @@ class Reading:
         rounded = x if self.rounding is None else self.rounding(x)
         return rounded if roots is None else rounded.float() * roots
 
-    def drift(self, saved: Tensor, x: Tensor, roots: Tensor | None) -> Tensor:
-        """float32 [n, in], the inputs in the original model minus the transformed ones of this one."""
+    def away(self, saved: Tensor, x: Tensor, roots: Tensor | None) -> Tensor:
+        """[n, in], the inputs in the original model minus the transformed ones of this one, in the dtype of ``drift``."""
         original = saved if self.divided is None else saved.float() / self.divided
         away = self.transformed(original).float() - x.float()
-        return away if roots is None else away * roots
+        return (away if roots is None else away * roots).to(self.drift)
 
 
 PLAIN_READING = Reading()

@@ -171,7 +171,8 @@ class PieceStats:
     x:      float32 [n, in], what products are of: quantized where the layer quantizes its inputs, times roots of weights
     sums:   absmax, sum of |x| and sum of x^2, each [in], before that; None without ranges
     sample: [m, in], some of the rows of x; kinds: uint8 [m] of them
-    away:   float32 [n, in], the inputs in the original model minus those before quantization; None where these are not needed
+    away:   [n, in], the inputs in the original model minus those before quantization; None where these are not needed. Of
+            bf16 the products of the drift are in bf16
     """
 
     x: Tensor
@@ -328,7 +329,10 @@ def _spans(start: int, stop: int) -> list[slice]:
 
 def _add_tile(total: Tensor, lefts: list[Tensor], rights: list[Tensor], i: slice, j: slice) -> None:
     for x, y in zip(lefts, rights, strict=True):
-        total[i, j].addmm_(x[:, i].T, y[:, j])
+        if x.dtype == total.dtype:
+            total[i, j].addmm_(x[:, i].T, y[:, j])
+        else:  # sums of the pieces stay in float32
+            total[i, j].add_(x[:, i].T @ y[:, j].to(x.dtype))
 
 
 def run_pending(sums: Iterable[Accumulator], pool: Workers, everything: bool) -> None:

@@ -199,6 +199,7 @@ def _reading(
     them stands for it (our choice).
     """
     planned = plan.linears[group.linears[0].name]
+    dtypes = {p.drift_dtype(plan.run_dtype) for x in group.linears if (p := plan.linears.get(x.name))}
 
     def rounded(x: Tensor) -> Tensor:
         assert planned.activations is not None
@@ -212,6 +213,7 @@ def _reading(
         divided=state.divided.get(group.key),
         rounding=rounded if request.hessian and planned.activations is not None else None,
         weights=_token_weights(group, state.original_values.get(LOSS_GRADIENTS, {})),
+        drift=torch.float32 if len(dtypes) > 1 else getattr(torch, *dtypes),
     )
 
 

@@ -131,7 +131,8 @@ def forecast(
             out, columns = sum(x.shape[0] for x in group.linears), group.linears[0].shape[1]
             if SOLVERS[p.solver].needs_hessian:
                 drift = bool(p.options.get("compensate", 0))
-                ops["Hessians"] += (1.0 + 2 * drift) * columns * columns * tokens
+                drift_cost = drift * (1 if p.drift_dtype(plan.run_dtype) == "bfloat16" else 2)
+                ops["Hessians"] += (1.0 + drift_cost) * columns * columns * tokens
                 ops["factorizations"] += (1 + 7 * drift) * columns**3 / 3
             ops["solving"] += solving_operations(p, out, columns)
             ops["scales of inputs"] += searches * _SCALES * 2.0 * SAMPLE_TOKENS * out * columns

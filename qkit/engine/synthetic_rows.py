@@ -32,7 +32,7 @@ BATCH = 96  # rows that share a generator of random numbers; one worker generate
 
 
 def with_synthetic_rows(plan: Plan, structure: ModelStructure, job: Job, pool: Workers, progress: Progress) -> Plan:
-    """The plan with its synthetic rows appended to those of the text. They are read from the job, or generated now."""
+    """The plan with its synthetic rows among those of the text. They are read from the job, or generated now."""
     calibration = plan.calibration
     if calibration is None or not calibration.written:
         return plan
@@ -45,11 +45,21 @@ def with_synthetic_rows(plan: Plan, structure: ModelStructure, job: Job, pool: W
         tokens = generate_rows(model, begin, calibration.seqlen, plan.seed, pool, progress.step, at_a_time)
         save_tensors(file, {"tokens": tokens})
     generated = read_tensor(read_header(file)["tokens"])
-    tokens, mask = torch.cat((calibration.tokens, generated)), calibration.mask
-    mask = None if mask is None else torch.cat((mask, torch.ones_like(generated, dtype=torch.bool)))
+    order = interleaved(len(calibration.tokens), len(generated))
+    tokens, mask = torch.cat((calibration.tokens, generated))[order], calibration.mask
+    mask = None if mask is None else torch.cat((mask, torch.ones_like(generated, dtype=torch.bool)))[order]
     return replace(plan, calibration=replace(
         calibration, samples=len(tokens), digest=digest_of(tokens, mask=mask), tokens=tokens, mask=mask, written=0
     ))  # fmt: skip
+
+
+def interleaved(texts: int, synthetic: int) -> Tensor:
+    """The order of rows in which both kinds are spread evenly, int64 [texts + synthetic]; those of a text are the first.
+
+    Learning holds out the last rows, which have to be like the others.
+    """
+    places = [(2 * torch.arange(count) + 1) / (2 * count) for count in (texts, synthetic)]
+    return torch.cat(places).argsort(stable=True)
 
 
 def generate_rows(

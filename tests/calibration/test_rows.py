@@ -179,6 +179,19 @@ def test_weighted_tokens(made, tmp_path):
     assert torch.equal(stats.absmax, plain.absmax) and torch.equal(plain.sample, x)
 
 
+def test_products_of_the_drift_in_bf16(made, tmp_path):
+    """They round as bf16 does, and nothing else changes."""
+    hidden = hidden_states()
+    (tmp_path / "up.original").write_bytes((hidden * 1.25 + 0.1).numpy().tobytes())
+    originals = {"up": tmp_path / "up.original"}
+    with workers(1) as pool:
+        exact, _ = captured(made(hidden), pool, originals=originals)
+        coarse, _ = captured(made(hidden), pool, originals=originals, readings={"up": Reading(drift=torch.bfloat16)})
+    error = float((coarse.drift - exact.drift).norm() / exact.drift.norm())
+    assert coarse.drift.dtype == torch.float32 and 0 < error < torch.finfo(torch.bfloat16).eps
+    assert torch.equal(coarse.hessian, exact.hessian) and torch.equal(coarse.sample, exact.sample)
+
+
 def test_stages_are_in_running_order(made):
     """Whatever order the groups are declared in: a layer that runs later must not be solved before what it reads is."""
     turned = replace(STRUCTURE, groups=STRUCTURE.groups[::-1])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import Quiet, Stops
 
-from qkit.engine.synthetic_rows import BATCH, generate_rows
+from qkit.engine.synthetic_rows import BATCH, generate_rows, interleaved
 from qkit.errors import UsageError
 from qkit.runtime.loading import load
 from qkit.system.parallel import workers
@@ -55,6 +55,17 @@ def test_rows_are_drawn_from_what_the_model_expects() -> None:
     away = (surprise + (expected.exp() * expected).sum(-1)).double().flatten()
     assert abs(float(away.mean())) < 4 * float(away.std()) / len(away) ** 0.5
     assert float(surprise.mean()) > 1
+
+
+@pytest.mark.parametrize(("texts", "synthetic"), [(128, 48), (128, 192), (8, 8), (3, 0), (0, 5)])
+def test_rows_that_are_held_out_are_like_all_rows(texts: int, synthetic: int) -> None:
+    order = interleaved(texts, synthetic)
+    rows = texts + synthetic
+    assert sorted(order.tolist()) == list(range(rows))
+    for kind in (order[order < texts], order[order >= texts]):
+        assert kind.tolist() == sorted(kind.tolist())
+    held = order[-16:] if rows > 16 else order
+    assert abs(int((held < texts).sum()) - len(held) * texts / rows) <= 1
 
 
 def test_nothing_depends_on_the_workers_and_a_stopped_run_goes_on(asked: Request, tmp_path: Path) -> None:

@@ -63,6 +63,14 @@ def test_what_gives_nothing_changes_nothing() -> None:
     assert compensated(w, replace(stats, hessian=-stats.hessian), {"compensate": 1.0}) is w
 
 
+@pytest.mark.parametrize(("scheme", "run_dtype", "dtype"), [
+    ("w4a16", "bfloat16", "bfloat16"), ("w4a16", "float32", "float32"), ("w8a16", "bfloat16", "float32"),
+])  # fmt: skip
+def test_products_are_as_exact_as_the_weights_need(asked: Request, scheme: str, run_dtype: str, dtype: str) -> None:
+    plan = prepare(replace(asked, scheme=scheme)).plan
+    assert {p.drift_dtype(run_dtype) for p in plan.linears.values()} == {dtype}
+
+
 # ---- whole runs --------------------------------------------------------------------------------------------------
 
 
