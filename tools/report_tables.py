@@ -89,10 +89,16 @@ def summary() -> str:
         if not rivals or x["level"] != DEFAULT:
             continue
         rival = min(rivals, key=lambda r: r["wikitext2"]["kl"])
-        row = {"scheme": f"`{x['scheme']}`", "size, MB": mb(x["bytes"]), "qkit": f"`--quality {x['level']}`"}
+        row = {"scheme": shown_scheme(x["scheme"]), "size, MB": mb(x["bytes"]), "qkit": f"`--quality {x['level']}`"}
         row |= {"perplexity, KL, on chat": figures(x), "best other tool": rival["level"], "its figures": figures(rival)}
         rows.append(row)
     return markdown(rows) + f"\n\nThe original model has a perplexity of {found[0]['wikitext2']['original']:.2f}."
+
+
+def shown_scheme(scheme: str) -> str:
+    """A scheme of reports/comparison/levels.py: w3a16:64 has groups of 64."""
+    name, _, width = scheme.partition(":")
+    return f"`{name}`" + (f", g{width}" if width else "")
 
 
 def figures(run: Row) -> str:
@@ -307,7 +313,7 @@ def levels(name: str) -> str:
     texts = {"": "wikitext2", " on chat": "chat"} if any("chat" in x for x in found) else {"": "wikitext2"}
     for x in sorted(found, key=lambda x: (schemes.index(x["scheme"]), order.index(x["level"]))):
         ours = x["level"] in LEVELS
-        row = {"scheme": f"`{x['scheme']}`", "made with": f"`--quality {x['level']}`" if ours else x["level"]}
+        row = {"scheme": shown_scheme(x["scheme"]), "made with": f"`--quality {x['level']}`" if ours else x["level"]}
         # AutoRound's is measured as 16-bit numbers
         row["size, MB"] = "" if x["level"].startswith("AutoRound") else mb(x["bytes"])
         row["perplexity"] = f"{x['wikitext2']['perplexity']:.2f}"

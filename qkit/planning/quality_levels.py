@@ -57,9 +57,9 @@ def settings_of(kind: str, level: str) -> tuple[Setting, ...]:
 _SIGNED = {"signed": True}
 _SWEPT = {"sweeps": 4, "compensate": 0.5}
 _GUIDED = {"guided": True}
-_LEARNED = {"loss_weighted": True, "e2e_steps": 32}
 _E2E = {"e2e_steps": 16}
-_SYNTHETIC, _FEW_SYNTHETIC = 192, 48  # learned rounding knows fewer samples by heart
+_LEARNED = {"loss_weighted": True, **_E2E}
+_SYNTHETIC, _FEW_SYNTHETIC = 96, 48  # learned rounding knows fewer samples by heart
 _ROUNDS, _SOLVES = "rounding with a search of scales, which reads no data", "GPTQ with passes over codes and scales"
 _GUIDES = "GPTQ with passes over codes and scales, and tokens weighted by their effect on the loss"
 _GUIDES_E2E = f"{_GUIDES}, then scales are learned on the whole model"

@@ -10,7 +10,7 @@ Figures are of the packed file, loaded back, in float32 arithmetic: KL divergenc
 512 tokens of each text, and KL on the original's greedy answers of up to 128 tokens to the prompts of ``qkit eval --suite``, in
 its chat template. AutoRound runs with its defaults (weights alone), and llm-compressor with its GPTQ of the same rows (quantized
 inputs). Their groups have 128 columns unless --rival-group says so: of a width that 128 does not divide qkit has groups
-of 64, which have more bytes. LINES gets a line per run; runs that are there are left out.
+of 64, which have more bytes. A scheme as w3a16:64 has groups of 64 in all files, qkit's too. LINES gets a line per run; runs that are there are left out.
 reports/comparison/levels-NAME.json has means, and the ratio of each divergence to that of the level below and of the rival,
 with 95 % intervals over windows, or answers (paired).
 """
@@ -74,8 +74,9 @@ def main() -> None:
     dialogues = chats(original.model, tokenizer)
     for scheme in args.schemes.split(","):
         given = {run.AUTOROUND: args.autoround, run.LLMCOMPRESSOR: args.llmcompressor}
-        tool = RIVALS[scheme][0] if scheme in RIVALS else None
-        rivals = [tool + ("" if args.rival_group is None else f"{GROUPS}{args.rival_group}")] if given.get(tool) else []
+        name, _, width = scheme.partition(":")
+        tool, group = RIVALS[name][0] if name in RIVALS else None, width or args.rival_group
+        rivals = [tool + (f"{GROUPS}{group}" if group else "")] if given.get(tool) else []
         for level in (*filter(None, args.levels.split(",")), *rivals):
             if (scheme, level) not in done:
                 entry = measured(args, scheme, level, original, texts, dialogues)
@@ -116,18 +117,19 @@ def measured(
     args: argparse.Namespace, scheme: str, level: str, original: Any, texts: dict[str, Any], dialogues: list[Any]
 ) -> dict[str, Any]:
     """One run, its file loaded back and measured. Under "kl" are means of windows, and sums of answers."""
-    work = Path(tempfile.mkdtemp())
+    work, (name, _, width) = Path(tempfile.mkdtemp()), scheme.partition(":")
     tool = run.QKIT if level in LEVELS else level.partition(GROUPS)[0]
     if tool != run.QKIT:
-        asked = run.Run(tool, scheme, args.rival_group, RIVALS[scheme][1])
+        asked = run.Run(tool, name, int(width) if width else args.rival_group, RIVALS[name][1])
         line = run.command(asked, args, args.calib, work / "out")
         assert line is not None
     else:
-        line = [sys.executable, "-W", "ignore", "-m", "qkit", "quantize", "--model", args.model, "--scheme", scheme]
+        line = [sys.executable, "-W", "ignore", "-m", "qkit", "quantize", "--model", args.model, "--scheme", name]
+        line += ["--group-size", width] if width else []
         line += ["--quality", level, "--calib", str(args.calib), "--out", str(work / "out")]
     seconds, memory, processor = run.started(line)
     folder = next(work.glob("out/**/config.json")).parent
-    model = run.model_of(run.Run(tool, scheme, None, ""), folder)
+    model = run.model_of(run.Run(tool, name, None, ""), folder)
     files = sorted((*folder.glob("*.safetensors"), *folder.glob("*.gguf")))
     entry: dict[str, Any] = {
         "scheme": scheme,

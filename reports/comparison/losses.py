@@ -30,7 +30,7 @@ def losses() -> dict[str, Any]:
     levels = json.loads((HERE / "levels-smollm2.json").read_text())
     serving = json.loads((HERE.parent / "kvcache" / "serving.json").read_text())
     caches = serving["files"]["fp8"]["contexts"][str(CONTEXT)]["caches"]
-    rows = [row for row in levels if row["level"] == DEFAULT]
+    rows = [row for row in levels if row["level"] == DEFAULT and ":" not in row["scheme"]]  # groups as by default
     return {
         "model": MODEL,
         "quality": DEFAULT,
