@@ -109,7 +109,7 @@ def test_nothing_depends_on_the_workers_or_on_a_stop(asked: Request, tiny: Any, 
 
 
 @pytest.mark.parametrize("changes", [
-    {"scheme": "q3_k", "group_size": None, "method": "gptq+signround"},
+    {"scheme": "q3_k", "group_size": None},  # behind gptq its super-scales have next to nothing left to gain
     {"scheme": "w4a8", "method": "smoothquant+signround"},
     {"scheme": "w3a16_asym", "method": "rotate+signround"},
     {"outliers": 0.5, "significant": 0.02},
