@@ -6,11 +6,12 @@
 
 Each run is the command that a user types, with a scheme and a level and nothing else but the calibration text, in a process of
 its own: peak memory, and seconds with export and proof, of the clock and of the processor.
-Figures are of the packed file, loaded back, in float32 arithmetic: KL divergence from the original and perplexity in windows of
-512 tokens of each text, and KL on the original's greedy answers of up to 128 tokens to the prompts of ``qkit eval --suite``, in
-its chat template. AutoRound runs with its defaults (weights alone), and llm-compressor with its GPTQ of the same rows (quantized
-inputs). Their groups have 128 columns unless --rival-group says so: of a width that 128 does not divide qkit has groups
-of 64, which have more bytes. A scheme as w3a16:64 has groups of 64 in all files, qkit's too. LINES gets a line per run; runs that are there are left out.
+Figures are of the packed file, loaded back, in float32 arithmetic: KL divergence from the original and perplexity in windows
+of 512 tokens of each text, and KL on the original's greedy answers of up to 128 tokens to the prompts of ``qkit eval --suite``,
+in its chat template. AutoRound runs with its defaults (weights alone), and llm-compressor with its GPTQ of the same rows
+(quantized inputs). Their groups have 128 columns unless --rival-group says so: of a width that 128 does not divide qkit has
+groups of 64, which have more bytes. A scheme as w3a16:64 has groups of 64 in all files, qkit's too. LINES gets a line per run;
+runs that are there are left out.
 reports/comparison/levels-NAME.json has means, and the ratio of each divergence to that of the level below and of the rival,
 with 95 % intervals over windows, or answers (paired).
 """
