@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import Quiet, Stops
 
-from qkit.engine.synthetic_rows import BATCH, generate_rows, interleaved
+from qkit.engine.job import Job
+from qkit.engine.synthetic_rows import BATCH, generate_rows, interleaved, with_synthetic_rows
 from qkit.errors import UsageError
 from qkit.runtime.loading import load
 from qkit.system.parallel import workers
@@ -66,6 +67,15 @@ def test_rows_that_are_held_out_are_like_all_rows(texts: int, synthetic: int) ->
         assert kind.tolist() == sorted(kind.tolist())
     held = order[-16:] if rows > 16 else order
     assert abs(int((held < texts).sum()) - len(held) * texts / rows) <= 1
+
+
+def test_they_are_among_those_of_the_text(asked: Request, tmp_path: Path) -> None:
+    prepared = prepare(asked)
+    with Job.open(tmp_path / "job", {"of": "this test"}) as job, workers(1) as pool:
+        rows = with_synthetic_rows(prepared.plan, prepared.structure, job, pool, Quiet()).calibration
+    texts = prepared.plan.calibration.tokens
+    of_text = interleaved(len(texts), BATCH + 8) < len(texts)
+    assert torch.equal(rows.tokens[of_text], texts) and len(rows.tokens) == len(texts) + BATCH + 8
 
 
 def test_nothing_depends_on_the_workers_and_a_stopped_run_goes_on(asked: Request, tmp_path: Path) -> None:
