@@ -213,7 +213,7 @@ def _reading(
         divided=state.divided.get(group.key),
         rounding=rounded if request.hessian and planned.activations is not None else None,
         weights=_token_weights(group, state.original_values.get(LOSS_GRADIENTS, {})),
-        drift=torch.float32 if len(dtypes) > 1 else getattr(torch, *dtypes),
+        drift=torch.bfloat16 if dtypes == {"bfloat16"} else torch.float32,
     )
 
 
