@@ -32,7 +32,7 @@ from qkit.system.memory import give_back
 from qkit.system.parallel import Workers
 from qkit.system.progress import Progress
 
-ROWS = 32  # calibration rows that the gradients are taken on, at the most
+ROWS = 16  # calibration rows that the gradients are taken on, at the most
 PLAIN = 0.1  # share of the identity
 PHASE = "errors weighted by the loss"
 
