@@ -97,15 +97,18 @@ class Call:
             return cls(args, {k: v for k, v in kwargs.items() if k != place}, place=place, result=passing.result)
         return cls((*args[:place], *args[place + 1 :]), kwargs, place=place, result=passing.result)
 
-    def to(self, dtype: torch.dtype) -> Call:
-        """The call with its floating-point arguments in ``dtype``, for a block that runs in it."""
+    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Call:
+        """The call with its floating-point arguments in ``dtype``, for a block that runs in it, and all on ``device`` (None:
+        where they are)."""
 
         def cast(value: Any) -> Any:
             if isinstance(value, PerRow):
                 return PerRow(tuple(map(cast, value.values)), value.dim)
             if isinstance(value, ForEveryRow):
                 return ForEveryRow(cast(value.value), value.dim)
-            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+            if not isinstance(value, Tensor):
+                return value
+            return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
         return replace(self, args=mapped(cast, self.args), kwargs=mapped(cast, self.kwargs))
 

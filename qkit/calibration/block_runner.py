@@ -103,7 +103,7 @@ class BlockRunner:
         originals: {submodule: file of its inputs in the original model, as ``leave`` saves them}, for the drift
         """
         reading_of = {g.key: (readings or {}).get(g.key, PLAIN_READING) for g in groups}
-        sums = {g.key: Accumulator(g.linears[0].shape[1], request, self.rows.dtype) for g in groups}
+        sums = {g.key: Accumulator(g.linears[0].shape[1], request, self.rows.dtype, self.rows.device) for g in groups}
         stride = max(1, self.rows.total // SAMPLE_TOKENS)
         kinds = self.rows.kinds
         strides_by_kind = [] if kinds is None else strides(kinds)
@@ -322,7 +322,8 @@ class BlockRunner:
             entered = {name: arguments[name][0] for name in save}
             if self.rows.lead_shapes:
                 return result, finite.all()[None], entered, []
-            peaks = result.abs().flatten(1).amax(1) if self.rows.dtype != torch.bfloat16 else torch.zeros(len(result))
+            bounded = self.rows.dtype != torch.bfloat16
+            peaks = result.abs().flatten(1).amax(1) if bounded else result.new_zeros(len(result))
             over = ((peaks > self.rows.largest) & peaks.isfinite()).nonzero()[:, 0]
             return result, finite.flatten(1).all(1), entered, [span[0] + int(i) for i in over]
 
@@ -372,4 +373,4 @@ def _width(linear: nn.Module, unit: PlaybackUnit) -> int:
 
 
 def _bytes(t: Tensor) -> Any:
-    return t.contiguous().view(torch.uint8).numpy().reshape(-1).data
+    return t.contiguous().cpu().view(torch.uint8).numpy().reshape(-1).data

@@ -33,7 +33,7 @@ def group_inputs_of(
                 x = x[valid] if len(valid) == len(x) else x[:0]
             if group.expert is not None and expert_share < 1:
                 routed = (arguments[group.hook][1] == group.expert).any(-1).flatten()
-                routed |= _spread(len(routed), expert_share, group.expert)
+                routed |= _spread(len(routed), expert_share, group.expert).to(routed.device)
                 x = x[routed if valid is None else routed[valid]]
             result[group.key] = x
         elif group.expert is not None and not group.stack:  # the expert's down projection: its input is computed here

@@ -20,6 +20,7 @@ from torch import Tensor
 from qkit.errors import BadCalibration
 from qkit.system.parallel import Workers
 
+CPU = torch.device("cpu")
 _PIECE_TOKENS = 512  # tokens, at the least, that one worker runs through the block at a time
 _PIECE_VALUES = 1 << 19  # or as many as have this many hidden values: narrow models go in longer pieces
 PENDING_BYTES = 16 << 20  # inputs that wait for the Hessian
@@ -43,6 +44,7 @@ class Rows:
            are read one by one, and ``tokens`` is that of the longest
     original: a file of the same rows in the original model, where a transform or a solver needs them
     times: the timestep of each row of a diffusion transformer; such rows have lead_shapes
+    device: where rows are read to, and what is computed of them
     largest: largest value of the checkpoint's dtype; rows that exceed it in the wider dtype of a run are counted
     """
 
@@ -56,6 +58,7 @@ class Rows:
     lead_shapes: tuple[tuple[int, ...], ...] = ()
     original: Path | None = None
     times: tuple[float, ...] = ()
+    device: torch.device = CPU
     largest: float = torch.finfo(torch.float32).max
 
     def without(self, bad: Iterable[int]) -> Rows:
@@ -74,7 +77,7 @@ class Rows:
 
     def valid(self, start: int, stop: int) -> Tensor | None:
         """bool [(stop - start) * tokens], True for tokens that count in statistics; None: all of them."""
-        good = torch.tensor(self.good[start:stop])
+        good = torch.tensor(self.good[start:stop], device=self.device)
         if self.kinds is None:
             tokens = math.prod(self.lead_shapes[start]) if self.lead_shapes else self.tokens
             return None if bool(good.all()) else good.repeat_interleave(tokens)
@@ -98,7 +101,7 @@ class Rows:
             f.seek(offset)
             if f.readinto(buffer) != len(buffer):
                 raise BadCalibration(f"{self.path}: shorter than {self.count} rows: delete the job folder, start again")
-        return rows
+        return rows.to(self.device)
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """Yield (start, stop) of the rows of each piece. Pieces do not depend on the number of workers."""
@@ -217,19 +220,22 @@ def piece_of(
 class Accumulator:
     """Accumulates Stats of one group from pieces, always in the order of the rows."""
 
-    def __init__(self, width: int, request: StatsRequest, dtype: torch.dtype) -> None:
-        self.tokens = 0
+    def __init__(self, width: int, request: StatsRequest, dtype: torch.dtype, device: torch.device = CPU) -> None:
+        self.tokens, self.device = 0, device
         self.width = width
         # absmax of either half of the timesteps (without them all is in the first), sum of |x| and of x^2
-        self.sums = [torch.zeros(2, width), torch.zeros(width), torch.zeros(width)] if request.ranges else None
+        self.sums = [self._zeros(2, width), self._zeros(width), self._zeros(width)] if request.ranges else None
         # One block for all samples: small pieces kept between large ones that come and go would tear the heap apart.
-        self.sample = torch.empty(2 * SAMPLE_TOKENS, width, dtype=dtype)
-        self.kinds = torch.zeros(2 * SAMPLE_TOKENS, dtype=torch.uint8)
+        self.sample = torch.empty(2 * SAMPLE_TOKENS, width, dtype=dtype, device=device)
+        self.kinds = torch.zeros(2 * SAMPLE_TOKENS, dtype=torch.uint8, device=device)
         self.sampled = 0
         self.pending: list[Tensor] = []
-        self.hessian = torch.zeros(width, width) if request.hessian else None
+        self.hessian = self._zeros(width, width) if request.hessian else None
         self.away: list[Tensor] = []  # of the pending inputs
         self.drift: Tensor | None = None
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(*shape, device=self.device)
 
     def add(self, p: PieceStats, part: int = 0) -> None:
         """Add a piece, but not its share of the Hessian, which ``jobs`` adds. part: ``Rows.part_of`` of its row."""
@@ -261,7 +267,7 @@ class Accumulator:
         tasks: list[Callable[[], object]] = [partial(_add_tile, self.hessian, xs, xs, i, j) for i, j in self._tiles()]
         if away:
             if self.drift is None:
-                self.drift = torch.zeros(self.width, self.width)
+                self.drift = self._zeros(self.width, self.width)
             spans = _spans(0, self.width)
             tasks += [partial(_add_tile, self.drift, away, xs, i, j) for i in spans for j in spans]
         return tasks
@@ -279,9 +285,8 @@ class Accumulator:
         if not strides_by_kind:
             return stats
         kinds = self.kinds[: self.sampled]
-        return replace(
-            stats, kinds=kinds, sample_weight=torch.tensor(strides_by_kind, dtype=torch.float32)[kinds.long()]
-        )
+        counts = torch.tensor(strides_by_kind, dtype=torch.float32, device=self.device)
+        return replace(stats, kinds=kinds, sample_weight=counts[kinds.long()])
 
     def _finish(self) -> Stats:
         n = max(1, self.tokens)

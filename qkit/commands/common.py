@@ -211,6 +211,13 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=int,
             help="Number of worker threads (default: all cores). The result does not depend on it.",
         ),
+        job(
+            "--device",
+            metavar="DEVICE",
+            default="auto",
+            help="Device that computes: cpu, cuda, or cuda:1 for the second GPU (default: auto, the first GPU, or the CPU "
+            "where PyTorch sees none).",
+        ),
         job("--json", "json_file", type=OutFile(), help="JSON file for the printed results."),
     ]
     for option in reversed(options):

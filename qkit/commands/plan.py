@@ -54,6 +54,7 @@ def plan_json(
         "family": plan["family"],
         "seed": plan["seed"],
         "run_dtype": plan["run_dtype"],
+        "device": plan["device"],
     }
 
 
@@ -66,8 +67,10 @@ def _times(seconds: dict[str, float]) -> dict[str, Any]:
 
 def estimated_seconds(prepared: PreparedRequest, threads: int | None) -> dict[str, float] | None:
     """What each phase takes on this machine; None for a pipeline, whose calibration samples it, and where nothing is
-    quantized."""
+    quantized, and on a GPU, of which no rates are measured."""
     if prepared.structure.family.streams is not None or prepared.components or not prepared.plan.linears:
+        return None
+    if prepared.plan.device != "cpu":
         return None
     from qkit.engine.duration import seconds_by_phase
     from qkit.system.machine import available_cores
@@ -81,7 +84,8 @@ def show_forecast(prepared: PreparedRequest, console: Console, seconds: dict[str
     costs = seconds or f.operations
     total = sum(costs.values()) or 1.0
     largest = sorted(costs.items(), key=lambda item: -item[1])[:3]
-    runs = f"blocks run in {prepared.plan.run_dtype}; " if prepared.plan.calibration else ""
+    device = "" if prepared.plan.device == "cpu" else f" on {prepared.plan.device}"
+    runs = f"blocks run in {prepared.plan.run_dtype}{device}; " if prepared.plan.calibration else ""
     phases = ", ".join(f"{phase} {cost / total:.0%}" for phase, cost in largest if cost)
     about = "" if seconds is None else f", about {duration(sum(seconds.values()))} on this machine"
     console.print(

@@ -102,7 +102,9 @@ def load_state(run: Run, block: BlockStructure, language: bool) -> BlockState:
     """The block as read, after transforms of stage 'load'. language: it belongs to the language model."""
     plan, structure = run.plan, run.structure
     dtype = getattr(torch, plan.run_dtype if plan.needs_rows else plan.dtype)
-    state = BlockState(structure=structure, block=block, module=load_block(structure, block, dtype))
+    state = BlockState(
+        structure=structure, block=block, module=load_block(structure, block, dtype, device=plan.torch_device)
+    )
     state.distort = plan.inputs == "distort"
     state.doubled = {x.name: p.residual for x in block.linears if (p := plan.linears.get(x.name))}
     if language:
@@ -205,22 +207,23 @@ def _reading(
         assert planned.activations is not None
         static = None
         if has_static(planned):
-            static = torch.tensor([static_scale(float(x.abs().amax()) if x.numel() else 0.0, planned.activations)])
+            peak = float(x.abs().amax()) if x.numel() else 0.0
+            static = torch.tensor([static_scale(peak, planned.activations)], device=x.device)
         return quantize_activations(x, planned.activations, static, inputs.residual)
 
     return Reading(
         transform=inputs,
         divided=state.divided.get(group.key),
         rounding=rounded if request.hessian and planned.activations is not None else None,
-        weights=_token_weights(group, state.original_values.get(LOSS_GRADIENTS, {})),
+        weights=_token_weights(group, state.original_values.get(LOSS_GRADIENTS, {}), plan.torch_device),
         drift=torch.bfloat16 if dtypes == {"bfloat16"} else torch.float32,
     )
 
 
-def _token_weights(group: LinearGroup, by_linear: Mapping[str, Tensor]) -> Tensor | None:
+def _token_weights(group: LinearGroup, by_linear: Mapping[str, Tensor], device: torch.device) -> Tensor | None:
     """float32 [rows, tokens], the mean of those of the group's layers; None where they have none."""
     weights = [by_linear[x.name] for x in group.linears if x.name in by_linear]
-    return torch.stack(weights).mean(0) if weights else None
+    return torch.stack(weights).mean(0).to(device) if weights else None
 
 
 def saved_inputs(run: Run, step: BlockStep, rows: Rows) -> dict[str, Path]:

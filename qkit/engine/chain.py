@@ -97,11 +97,15 @@ class Chain:
         with torch.inference_mode(False):
             return torch.cat([self.rows.read(i, i + 1) for i in rows])
 
+    def offloaded(self) -> OffloadedTensors:
+        """An empty list of tensors, in a file beside the rows."""
+        return OffloadedTensors(self.rows.path.parent, self.rows.device)
+
     @contextmanager
     def loaded(self, block: BlockStructure, read: Read) -> Iterator[nn.Module]:
         """The module of a block with its weights."""
         with torch.inference_mode(False):
-            module = load_block(self.structure, block, self.rows.dtype, read)
+            module = load_block(self.structure, block, self.rows.dtype, read, self.rows.device)
         try:
             yield module
         finally:
@@ -131,7 +135,7 @@ class Chain:
         chosen = range(self.rows.count) if rows is None else rows
         before: OffloadedTensors | None = None
         for block, call in self.blocks:
-            after = OffloadedTensors(self.rows.path.parent)
+            after = self.offloaded()
             with load(block) as module:
 
                 def one(span: tuple[int, int], before: OffloadedTensors | None = before, call: Call = call,
@@ -276,7 +280,8 @@ def _behind_blocks(plan: Plan, structure: ModelStructure, dtype: torch.dtype) ->
     rewritten = rotate_outer(structure, plan.seed) if "rotate" in plan.transforms else {}
 
     def with_weights(path: str) -> nn.Module:
-        module: nn.Module = nn.Module.to(copy.deepcopy(whole.get_submodule(path)), dtype).to_empty(device="cpu")
+        copied = nn.Module.to(copy.deepcopy(whole.get_submodule(path)), dtype)
+        module: nn.Module = copied.to_empty(device=plan.torch_device)
         for leaf, p in module.named_parameters():
             stored = structure.stored_name(f"{path}.{leaf}")
             value = rewritten.get(stored)
@@ -309,7 +314,7 @@ def _is_proved(chain: Chain, given: list[Any]) -> bool:
         return False
     try:
         with torch.inference_mode():
-            ours = chain.behind.base_model(inputs_embeds=entered).last_hidden_state.float()
+            ours = chain.behind.base_model(inputs_embeds=entered).last_hidden_state.float().cpu()
             fits = chain.head(entered[0, :1]).shape == (1, chain.vocabulary)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as e:
         if ran_out(e):

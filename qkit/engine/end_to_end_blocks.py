@@ -20,7 +20,6 @@ from qkit.engine.entry import quantizing_hook
 from qkit.engine.job import Job
 from qkit.families.blocks import BlockStructure, Linear
 from qkit.families.structure import ModelStructure
-from qkit.files.offload import OffloadedTensors
 from qkit.nn.attention import LONGEST
 from qkit.planning.linear_plan import LinearPlan
 from qkit.planning.plan import Plan, parts
@@ -59,7 +58,7 @@ class BlockwiseModel:
         """rows: all that will be read"""
         assert plan.calibration is not None
         self.chain, self.job, self.pool, self.mask = chain, job, chain.pool, plan.calibration.mask
-        self.file = OffloadedTensors(chain.rows.path.parent)
+        self.file = chain.offloaded()
         self.part_of = {block.path: i for i, block in enumerate(parts(plan, structure))}
         self.hooks: dict[str, list[tuple[str, Any]]] = {}
         self.original, self.place = chain.leaving(self._original, rows), {row: i for i, row in enumerate(rows)}
@@ -83,6 +82,7 @@ class BlockwiseModel:
             stored.append(_Stored(linear, p, part, *places))
             if p.activations is not None:
                 _, static = self.job.quantized(part, p.name, p.weights)
+                static = None if static is None else static.to(self.chain.rows.device)
                 hook = quantizing_hook(p.activations, static, learned.inputs)
                 self.hooks[block.path].append((linear.param.removesuffix(".weight"), hook))
         give_back()
@@ -117,7 +117,7 @@ class BlockwiseModel:
 
     def step(self, rows: Sequence[int], number: int, rate: float) -> None:
         """Step ``number``, from 1, along the gradients of the summed KL divergence of the rows."""
-        pieces, kept = self._pieces(rows), OffloadedTensors(self.chain.rows.path.parent)
+        pieces, kept = self._pieces(rows), self.chain.offloaded()
         outputs = self.chain.forward([self.chain.entering(p) for p in pieces], self._quantized, kept)
 
         def at_output(pair: tuple[list[int], Tensor]) -> Tensor:
@@ -146,8 +146,9 @@ class BlockwiseModel:
             self.file.replace(x.weight, learned.dense(state[0]).to(self.chain.rows.dtype))
 
     def _learned_scale(self, linear: Linear, p: LinearPlan, part: int) -> LearnedScale:
+        device = self.chain.rows.device
         q, _ = self.job.quantized(part, p.name, p.weights)
-        return LearnedScale(linear, q, self.job.inputs(part, p.name, p.shape[1], p.rotation))
+        return LearnedScale(linear, q.to(device), self.job.inputs(part, p.name, p.shape[1], p.rotation).to(device))
 
     def _pieces(self, rows: Sequence[int]) -> list[list[int]]:
         return [list(rows[slice(*span)]) for span in spans(len(rows), self.chain.rows.tokens)]

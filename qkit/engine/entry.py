@@ -69,7 +69,8 @@ def embed(
             times.extend([time_of(sample["timestep"])] if streams else [])
             yield {**sample, **call_options}
 
-    offload_file = OffloadedTensors(path.parent)
+    device = plan.torch_device
+    offload_file = OffloadedTensors(path.parent, device)
     count, length = calibration.tokens.shape
     dtype, row_calls, lead_shapes, width = (
         getattr(torch, plan.run_dtype),
@@ -113,15 +114,17 @@ def embed(
             hidden=width,
             dtype=dtype,
             good=good or [True] * count,
-            kinds=calibration.row_kinds,
+            kinds=None if calibration.row_kinds is None else calibration.row_kinds.to(device),
+            device=device,
             largest=largest,
         )
         language_calls = batch_calls or _as_one(calibration, row_calls)
-        return rows, {i: call.to(dtype) for i, call in language_calls.items()}
+        return rows, {i: call.to(dtype, device) for i, call in language_calls.items()}
     if not lead_shapes:
         raise BadCalibration(f"no calibration sample reaches the {sequence.name}: use image-text data, or skip it")
     longest = max(torch.Size(lead).numel() for lead in lead_shapes)
     kinds = calibration.row_kinds if language and not streams else None
+    kinds = None if kinds is None else kinds.to(device)
     if kinds is not None and any(torch.Size(lead).numel() != length for lead in lead_shapes):
         raise unlike_tokens(structure)
     good = good or [True] * len(lead_shapes)
@@ -135,6 +138,7 @@ def embed(
         kinds=kinds,
         lead_shapes=tuple(lead_shapes),
         times=tuple(times),
+        device=device,
     )
     return rows, {i: OneByOne(tuple(calls[i] for calls in row_calls)) for i in row_calls[0]}
 

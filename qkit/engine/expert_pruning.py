@@ -8,6 +8,7 @@ job, and a run that goes on reads them there.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def _measure(
     whole, scores, tokens = structure.whole, list[Tensor](), list[Tensor]()
     progress.start("embed the calibration rows", plan.calibration.samples)
     path = temp_path(job.path / "rows", "experts 0")
-    rows, calls = embed(plan, whole, job, whole.sequences[-1], path, progress.step)
+    rows, calls = embed(replace(plan, device="cpu"), whole, job, whole.sequences[-1], path, progress.step)
     with_experts = [b.index for b, _, _ in experts_of(whole)]
     for block in whole.blocks[: with_experts[-1] + 1]:
         progress.start(f"experts, block {block.index + 1}/{len(whole.blocks)}", len(list(rows.pieces())))

@@ -7,6 +7,7 @@ include the changes that transforms and solvers made to keys and values. An inte
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,7 +43,9 @@ def measure_scales(plan: Plan, structure: ModelStructure, job: Job, pool: Worker
     progress.start("embed the calibration rows", plan.calibration.samples)
     path = temp_path(job.path / "rows", "cache 0")
     try:
-        rows, calls = embed(plan, structure, job, structure.sequences[-1], path, progress.step, cache)
+        rows, calls = embed(
+            replace(plan, device="cpu"), structure, job, structure.sequences[-1], path, progress.step, cache
+        )
     except NotOneAfterAnother as e:
         raise cannot_measure(structure, kind) from e
     offset = len(parts(plan, structure)) - len(structure.blocks)

@@ -44,7 +44,7 @@ def part_tensors(
             name = f"{linear.name}.weight"
             original = state.structure.checkpoint.read(name)
             changed = state.changed.get(linear.name)
-            tensors[name] = original if changed is None else changed.to(original.dtype)
+            tensors[name] = original if changed is None else changed.to(original.device, original.dtype)
     group_of = {x.name: g.key for g in state.block.groups for x in g.linears}
     for r in results:
         q = r.qtensor
@@ -59,7 +59,9 @@ def part_tensors(
             **({} if q.sparse is None else sparse.write(q.sparse, q.shape)),
             **({} if q.low_rank is None else lowrank.write(q.low_rank)),
         }
-        tensors.update({f"{r.plan.name}:{k}": v.contiguous() for k, v in tensors_of_linear.items() if v is not None})
+        tensors.update(
+            {f"{r.plan.name}:{k}": v.contiguous().cpu() for k, v in tensors_of_linear.items() if v is not None}
+        )
     return as_stored(tensors, state.structure.checkpoint)
 
 
@@ -87,7 +89,7 @@ def pieces_of(results: list[LinearResult]) -> dict[str, Tensor]:
         for name, tensor in {"codes": r.qtensor.codes, **params_of(r.qtensor)}.items()
         if tensor is not None
     }
-    return {name: tensor.contiguous() for name, tensor in pieces.items()}
+    return {name: tensor.contiguous().cpu() for name, tensor in pieces.items()}
 
 
 def entry_of(results: list[LinearResult]) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def unproved_groups(state: BlockState, rows: Rows, call: Call | OneByOne) -> set
     wrong: set[str] = set()
     for group in groups:
         powers = torch.randint(-2, 3, (group.linears[0].shape[1],), generator=generator)
-        s = torch.exp2(shared_heads(state, group, torch.exp2(powers.float())).log2().round())
+        s = torch.exp2(shared_heads(state, group, torch.exp2(powers.float())).log2().round()).to(state.device)
         with torch.no_grad(), _restored(state, group):
             read, returned = _run(state, group, call, hidden, span)
             scaled = BlockState(structure=state.structure, block=state.block, module=state.module)

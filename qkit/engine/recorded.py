@@ -110,8 +110,8 @@ class _Record:
 class _Offload:
     """Offloads arguments; a tensor that several blocks get unchanged is stored once."""
 
-    def __init__(self, folder: Path) -> None:
-        self._file = OffloadedTensors(folder)
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        self._file = OffloadedTensors(folder, device)
         self._known: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
 
     def put(self, value: Any) -> Any:
@@ -197,7 +197,7 @@ def _recorded(
             model = stack.enter_context(_whole_model(structure, dtype))
             # A language model runs without its head.
             runs: Any = model if structure.family.streams else getattr(model, "base_model", model)
-            offload, at = _Offload(folder), _At()
+            offload, at = _Offload(folder, plan.torch_device), _At()
             options = _options(structure, model)
             for place, block in blocks.items():
                 path = job.rows_path(place)
@@ -340,6 +340,7 @@ def _finished(
         lead_shapes=tuple(record.leads),
         times=tuple(record.times) if structure.family.streams else (),
         kinds=_kinds(plan, structure, record),
+        device=plan.torch_device,
     )
     return replace(block, groups=groups), rows, OneByOne(tuple(record.calls))
 
@@ -351,7 +352,7 @@ def _kinds(plan: Plan, structure: ModelStructure, record: _Record) -> Tensor | N
     if calibration is None or kinds is None:
         return None
     if all(torch.Size(lead).numel() == kinds.shape[1] for lead in record.leads):
-        return kinds[record.samples]
+        return kinds[record.samples].to(plan.torch_device)
     if calibration.mask is None:
         return None
     raise unlike_tokens(structure)

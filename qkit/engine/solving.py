@@ -240,7 +240,8 @@ def _static_scales(
         share.setdefault((g.key if g.expert is None else g.linears[0].param, p.activations), []).append(g.key)
     result: dict[str, Tensor] = {}
     for (_, acts), keys in share.items():
-        scale = torch.tensor([storable_scale(static_scale(max(peak[k] for k in keys), acts), dtype)])
+        value = storable_scale(static_scale(max(peak[k] for k in keys), acts), dtype)
+        scale = torch.tensor([value], device=stats[keys[0]].mean_square.device)
         result.update(dict.fromkeys(keys, scale))
     return result
 

@@ -40,7 +40,7 @@ def with_synthetic_rows(plan: Plan, structure: ModelStructure, job: Job, pool: W
     if not file.exists():
         at_a_time = _rows_at_a_time(structure, calibration.seqlen, getattr(torch, plan.run_dtype).itemsize)
         progress.start(SYNTHETIC, len(_batches(calibration.written, at_a_time)))
-        model = loading.load_checkpoint(structure.checkpoint, getattr(torch, plan.run_dtype))
+        model = loading.load_checkpoint(structure.checkpoint, getattr(torch, plan.run_dtype)).to(plan.torch_device)
         begin = _begin(structure, calibration, plan.seed)
         tokens = generate_rows(model, begin, calibration.seqlen, plan.seed, pool, progress.step, at_a_time)
         save_tensors(file, {"tokens": tokens})
@@ -77,10 +77,10 @@ def generate_rows(
         decoder = Decoder(model, length + 1)
         with PlainAttention():
             drawn = decoder.generate(
-                begin[start:stop, None], length, temperature=1.0, seed=seed * len(begin) + number,
+                begin[start:stop, None].to(model.device), length, temperature=1.0, seed=seed * len(begin) + number,
                 draw=lambda chances, generator: by_sums(chances, generator, (first, count)),
             )  # fmt: skip
-        return drawn[:, 1:]
+        return drawn[:, 1:].cpu()
 
     pieces = []
     for rows in pool.stream(one, _batches(len(begin), at_a_time)):

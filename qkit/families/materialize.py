@@ -32,7 +32,11 @@ def _assign(owner: nn.Module, name: str, value: Tensor) -> None:
 
 
 def load_block(
-    structure: ModelStructure, block: BlockStructure, dtype: torch.dtype, read: Callable[[str], Tensor] | None = None
+    structure: ModelStructure,
+    block: BlockStructure,
+    dtype: torch.dtype,
+    read: Callable[[str], Tensor] | None = None,
+    device: torch.device | str = "cpu",
 ) -> nn.Module:
     """The block's module with its weights in ``dtype``, read tensor by tensor; ``release`` gives the memory back.
 
@@ -41,7 +45,7 @@ def load_block(
     """
     read = read or structure.checkpoint.read_finite
     # torch's own ``to``: parts of some blocks are models of diffusers, whose ``to`` warns.
-    module = nn.Module.to(structure.model.get_submodule(block.path), dtype).to_empty(device="cpu")
+    module = nn.Module.to(structure.model.get_submodule(block.path), dtype).to_empty(device=device)
     for name, p in module.named_parameters():
         if f"{block.path}.{name}" in structure.float32:
             p.data = p.data.float()
@@ -111,7 +115,7 @@ def plain_tensors(checkpoint: Checkpoint, block: BlockStructure, module: nn.Modu
         if stored in weights:
             continue
         path, _, leaf = name.rpartition(".")
-        current: Tensor = getattr(module.get_submodule(path), leaf).data
+        current: Tensor = getattr(module.get_submodule(path), leaf).data.cpu()
         original = checkpoint.read(stored)
         result[stored] = original if torch.equal(original.to(current.dtype), current) else current.to(original.dtype)
     return result

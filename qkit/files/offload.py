@@ -27,8 +27,9 @@ class OffloadedTensors:
     process, and resident memory is what the readers hold. Any number of threads may read.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
+        """device: where tensors are read to"""
+        self._folder, self._device = folder, device
         self._places: list[tuple[int, torch.dtype, torch.Size]] = []
         self._end = 0
         try:
@@ -51,7 +52,7 @@ class OffloadedTensors:
 
     def _write(self, tensor: Tensor, at: int) -> int:
         """Where the tensor ends in the file."""
-        flat = tensor.contiguous().reshape(-1)
+        flat = tensor.cpu().contiguous().reshape(-1)
         if flat.stride(0) != 1:  # one value that was expanded counts as contiguous
             flat = torch.empty_like(flat, memory_format=torch.contiguous_format).copy_(flat)
         data = flat.view(torch.uint8).numpy().data
@@ -78,4 +79,4 @@ class OffloadedTensors:
                 buffer, at = buffer[count:], at + count
         except OSError as e:
             raise IOFailure(f"cannot read in {self._folder}: {e.strerror or e}: check the disk") from e
-        return tensor
+        return tensor.to(self._device)

@@ -35,7 +35,7 @@ class PlainAttention(TorchFunctionMode):
 
 def _suits(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
            is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> bool:  # fmt: skip
-    if query.ndim != 4 or dropout_p or query.device.type != "cpu" or (is_causal and attn_mask is not None):
+    if query.ndim != 4 or dropout_p or query.is_cuda or (is_causal and attn_mask is not None):
         return False
     return query.shape[2] <= FEW or (query.dtype == torch.bfloat16 and key.shape[2] <= LONGEST)
 
@@ -53,12 +53,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None =
     grouped = query.reshape(batch * caches, -1, size)
     bias = blind = None
     if is_causal:
-        future = torch.ones(queries, keys, dtype=torch.bool).triu_(1)
-        bias = torch.zeros(queries, keys, dtype=query.dtype).masked_fill_(future, -torch.inf)
+        future = torch.ones(queries, keys, dtype=torch.bool, device=query.device).triu_(1)
+        bias = torch.zeros(queries, keys, dtype=query.dtype, device=query.device).masked_fill_(future, -torch.inf)
     elif attn_mask is not None:
         bias = attn_mask
         if attn_mask.dtype == torch.bool:
-            bias = torch.zeros(attn_mask.shape, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
+            bias = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device).masked_fill_(
+                ~attn_mask, -torch.inf
+            )
         blind = (bias == -torch.inf).all(-1, keepdim=True)
         bias = bias.masked_fill(blind, 0.0).to(query.dtype)
     factor = size**-0.5 if scale is None else scale

@@ -14,8 +14,8 @@ def by_sums(chances: Tensor, generator: torch.Generator, rows: tuple[int, int] |
     """
     sums = chances.cumsum(-1)
     first, count = rows or (0, len(chances))
-    drawn = torch.rand(count, 1, generator=generator, device=chances.device)[first : first + len(chances)]
-    thresholds = drawn * sums[:, -1:]
+    drawn = torch.rand(count, 1, generator=generator, device=generator.device)[first : first + len(chances)]
+    thresholds = drawn.to(chances.device) * sums[:, -1:]
     largest = sums[:, -1:].nextafter(
         torch.zeros_like(thresholds)
     )  # the product may have been rounded up to the whole sum

@@ -13,6 +13,8 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
+import torch
+
 from qkit.calibration.dataset import Calibration
 from qkit.diffusion.policy import BY_STEP, PolicyConfig
 from qkit.errors import Unsupported, UsageError
@@ -54,6 +56,7 @@ class Plan:
     '.weight'), in file order.
 
     run_dtype: what blocks are run in where there are calibration rows (``machine.run_dtype``); dtype: the checkpoint's
+    device: that blocks are run and solved on, as torch names it
     significant: how many weights of the whole model go to sparse parts after it is quantized
     calibration: the rows that solvers, transforms or the scales of the KV cache are measured on; None where none are
     needs_rows: whether the blocks are solved with these rows
@@ -80,6 +83,7 @@ class Plan:
     dtype: str
     run_dtype: str
     seed: int
+    device: str
     source_fingerprint: str
     source_bytes: int
     packed_bytes: int
@@ -151,10 +155,15 @@ class Plan:
         return data
 
     @property
+    def torch_device(self) -> torch.device:
+        """The device that blocks are run and solved on."""
+        return torch.device(self.device)
+
+    @property
     def identity(self) -> dict[str, Any]:
-        """The properties by which a job knows its plan again."""
+        """The properties by which a job knows its plan again. Devices of one kind give the same bytes."""
         return {
-            "plan": self.to_json(),
+            "plan": {**self.to_json(), "device": self.torch_device.type},
             "versions": {p: version(p) for p in (*_VERSIONS, *(["diffusers"] if self.pipeline else []))},
         }
 
@@ -276,6 +285,7 @@ def make_plan(
         dtype=str(structure.dtype).removeprefix("torch."),
         run_dtype=str(run_dtype(structure.dtype) if measured else structure.dtype).removeprefix("torch."),
         seed=seed,
+        device="cpu",
         source_fingerprint=structure.checkpoint.fingerprint(),
         source_bytes=structure.checkpoint.nbytes,
         packed_bytes=size,
@@ -292,6 +302,13 @@ def make_plan(
     if recipe.engine in TITLES:
         check_engine(plan, structure, engine_lines_of(plan, structure))
     return plan
+
+
+def on_device(plan: Plan, device: str, stored: torch.dtype) -> Plan:
+    """The plan with its blocks on another device. stored: the dtype of the checkpoint"""
+    if device == "cpu" or plan.calibration is None:
+        return replace(plan, device=device)
+    return replace(plan, device=device, run_dtype=str(run_dtype(stored, device)).removeprefix("torch."))
 
 
 def sequences(plan: Plan, structure: ModelStructure) -> tuple[BlockSequence, ...]:

@@ -79,10 +79,11 @@ class RecordedCalibration(_Part):
 
 
 class Made(_Part):
-    """What a result was made with, and of what. arithmetic: the dtype that blocks were run in"""
+    """What a result was made with, and of what. arithmetic: the dtype that blocks were run in; device: its kind"""
 
     versions: dict[str, str] = Field(default_factory=dict)
     arithmetic: str | None = None
+    device: str = "cpu"
     model: dict[str, str] = Field(default_factory=dict)
 
 
@@ -158,7 +159,8 @@ def run_notes(run: RecordedRun, plan: Plan) -> Iterator[str]:
         named = model.get("repository", f"the one of sha256 {model.get('sha256', '')[:12]}")
         yield f"the recipe was made for another model ({named}): the result will not have the same bytes"
     made = {**run.made.versions, **({"arithmetic": run.made.arithmetic} if run.made.arithmetic else {})}
-    here = {**_versions(), "arithmetic": plan.run_dtype}
+    made |= {"device": run.made.device} if made else {}
+    here = {**_versions(), "arithmetic": plan.run_dtype, "device": plan.torch_device.type}
     other = [f"{name} {made[name]} (here {here[name]})" for name in here if made.get(name, here[name]) != here[name]]
     if other:
         yield f"the recipe was made with {', '.join(other)}: the result may not have the same bytes"
@@ -217,7 +219,8 @@ def _made(plan: Plan, structure: ModelStructure, hashed: Mapping[str, str]) -> d
         **({} if adapter is None else {"adapter": cached_sha256(adapter)}),
         "fingerprint": plan.source_fingerprint,
     }
-    return {"versions": _versions(), "arithmetic": plan.run_dtype, "model": model}
+    device = {} if plan.device == "cpu" else {"device": plan.torch_device.type}
+    return {"versions": _versions(), "arithmetic": plan.run_dtype, **device, "model": model}
 
 
 def _versions() -> dict[str, str]:

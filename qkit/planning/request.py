@@ -70,6 +70,7 @@ class Request:
     answers_only: bool = False
     seed: int = 0
     threads: int | None = None
+    device: str = "auto"
     kv: dict[str, Any] | None = None
     key_exponents: tuple[tuple[tuple[int, ...], ...], ...] | None = None
     recorded: RecordedRun | None = None

@@ -138,7 +138,7 @@ class _Block:
             call,
             pool,
         )
-        self.weigh = None if weigh is None else weigh.to(rows.dtype, copy=True)
+        self.weigh = None if weigh is None else weigh.to(rows.device, rows.dtype, copy=True)
         self.local = threading.local()  # weights are swapped into a module while it runs, so every worker has a copy
 
     def error(self, weights: Sequence[Tensor], batch: Span) -> float:

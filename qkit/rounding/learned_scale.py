@@ -67,7 +67,7 @@ class LearnedScale:
 
     def begin(self) -> Tensor:
         """The state before the first step, float32 [3, *scales]: factors of one, and both moments."""
-        state = torch.zeros(3, *self._learned.shape)
+        state = torch.zeros(3, *self._learned.shape, device=self._learned.device)
         state[0] = 1
         return state
 

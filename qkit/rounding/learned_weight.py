@@ -69,7 +69,7 @@ class LearnedWeight:
 
     def begin(self) -> tuple[Tensor, Tensor]:
         """Offsets [R, C, n] and factors [R, C, 1] that give the solver's codes and scales."""
-        factor = torch.ones(*self.q.params.scale.shape, 1)
+        factor = torch.ones(*self.q.params.scale.shape, 1, device=self.q.params.scale.device)
         grid_position = self._grid_position(self._scale(factor))
         target = tiles(codes_to_grid(self.q.codes, self.q.format), self.q.format)
         spacing = self._spacing(grid_position)

@@ -54,7 +54,8 @@ class Decoder:
         tokens: int64 [batch, prompt], none of them padding; temperature: 0 takes the most likely token, else it is
         sampled, after top_k and top_p as transformers defines them; seed: of the samples; stop: token ids after which
         a sequence is over (it ends when all sequences are, filled up with the first of them); draw: how tokens are
-        sampled (None: with the random numbers that transformers takes). Raises UsageError for a prompt that leaves no room.
+        sampled, with random numbers of the CPU (None: with those that transformers takes, of the model's device). Raises
+        UsageError for a prompt that leaves no room.
         """
         batch, prompt = tokens.shape
         if prompt + new_tokens > self.length:
@@ -62,7 +63,7 @@ class Decoder:
                 f"{prompt} tokens of prompt and {new_tokens} new ones: the decoder was made for {self.length} in all"
             )
         self._start(batch)
-        pick = _picker(temperature, top_k, top_p, seed, self.model.device, draw or _multinomial)
+        pick = _picker(temperature, top_k, top_p, seed, self.model.device, draw)
         pieces = [tokens.to(self.model.device)]
         finished = torch.zeros(batch, dtype=torch.bool, device=self.model.device)
         ends = torch.tensor(sorted(stop), dtype=torch.int64, device=self.model.device)
@@ -158,7 +159,7 @@ def _multinomial(chances: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _picker(
-    temperature: float, top_k: int | None, top_p: float | None, seed: int, device: torch.device, draw: Draw
+    temperature: float, top_k: int | None, top_p: float | None, seed: int, device: torch.device, draw: Draw | None
 ) -> Any:
     """A function (tokens so far, logits) that gives the next token of each sequence, int64 [batch]."""
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -170,9 +171,9 @@ def _picker(
         warp.append(TopKLogitsWarper(top_k))
     if top_p is not None:
         warp.append(TopPLogitsWarper(top_p))
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device if draw is None else "cpu").manual_seed(seed)
 
     def sample(tokens: Tensor, logits: Tensor) -> Tensor:
-        return draw(warp(tokens, logits).softmax(-1), generator)
+        return (draw or _multinomial)(warp(tokens, logits).softmax(-1), generator)
 
     return sample

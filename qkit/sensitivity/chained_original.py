@@ -20,7 +20,6 @@ from qkit.engine.chain import Chain, Loading, chain_of
 from qkit.engine.job import Job
 from qkit.families.blocks import BlockStructure
 from qkit.families.structure import ModelStructure
-from qkit.files.offload import OffloadedTensors
 from qkit.planning.plan import Plan
 from qkit.rounding.sliced import compared, likelihood_gradient
 from qkit.sensitivity.chained_ends import ChainedEnds
@@ -87,7 +86,7 @@ class ChainedOriginal:
 
     def gradients(self, names: Sequence[str], squares: bool = False) -> Iterator[dict[str, Tensor]]:
         """Those of one block at a time, from the last one on, and then those of the ends of the model."""
-        wanted, kept = set(names), OffloadedTensors(self.chain.rows.path.parent)
+        wanted, kept = set(names), self.chain.offloaded()
         self.progress.start("gradients of every block", 2 * len(self.chain.blocks))
         entering = [self.chain.entering([row]) for row in range(len(self.pieces))]
         outputs = self.chain.forward(entering, self._original, kept, self.progress.step)

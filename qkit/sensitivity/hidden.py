@@ -74,12 +74,12 @@ def chain_roots(
     chain: Chain, pieces: tuple[Batch, ...], seed: int, step: Callable[[], object] = lambda: None
 ) -> list[Tensor]:
     """``roots`` of a chain, block after block. pieces: the rows of the chain, in order"""
-    kept = OffloadedTensors(chain.rows.path.parent)
+    kept = chain.offloaded()
     gradients = gradients_at_end(chain, numbered(pieces), seed, kept, step)
     read, width = chain.structure.checkpoint.read, chain.rows.hidden
     found: dict[int, Tensor] = {}
     for block in chain.backward(kept, gradients, lambda block: chain.loaded(block, read), step):
-        total = torch.zeros(width, width, dtype=torch.float64)
+        total = torch.zeros(width, width, dtype=torch.float64, device=chain.rows.device)
         for product in chain.pool.stream(lambda g: (flat := g.flatten(0, -2)).T @ flat, block.at_outputs):
             total += product.double()
         found[chain.blocks[block.number][0].index] = _root(total)
@@ -130,7 +130,7 @@ def gradients_at_end(
 
 
 def _root(f: Tensor) -> Tensor:
-    identity = torch.eye(len(f), dtype=f.dtype)
+    identity = torch.eye(len(f), dtype=f.dtype, device=f.device)
     scale = float(f.diagonal().mean())
     mixed = identity if scale == 0.0 else (1 - PLAIN) * f / scale + PLAIN * identity
     root: Tensor = torch.linalg.cholesky(mixed).float()

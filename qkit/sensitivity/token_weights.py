@@ -25,7 +25,6 @@ from qkit.errors import QkitError, Unsupported
 from qkit.families.blocks import BlockStructure, Linear
 from qkit.families.structure import ModelStructure
 from qkit.files.foreign import reason
-from qkit.files.offload import OffloadedTensors
 from qkit.planning.plan import Plan
 from qkit.rounding.block import PIECE_TOKENS
 from qkit.runtime.loading import load_checkpoint
@@ -78,7 +77,7 @@ def _of_chain(chain: Chain, plan: Plan, linears: list[list[Linear]], progress: P
     parts = list(_parts(numbered(batches(plan.calibration, PIECE_TOKENS)), rows_at_a_time(plan, chain.structure)))
     progress.start(PHASE, 2 * len(chain.blocks) * len(parts))
     for pieces in parts:
-        kept = OffloadedTensors(chain.rows.path.parent)
+        kept = chain.offloaded()
         gradients = gradients_at_end(chain, pieces, plan.seed, kept, progress.step)
         tokens = [g.shape[:-1].numel() for g in gradients]
         tapped = partial(_tapped, chain, linears, max(tokens))
@@ -102,7 +101,8 @@ def _tapped(chain: Chain, linears: list[list[Linear]], tokens: int, block: Block
         layers = [(module.get_submodule(_module_path(x)), x.shape[0]) for x in linears[block.index]]
         hooks = [layer.register_forward_hook(_add_tap) for layer, _ in layers]
         for layer, width in layers:
-            layer.register_parameter(_TAP, nn.Parameter(torch.zeros(tokens, width, dtype=chain.rows.dtype)))
+            zeros = torch.zeros(tokens, width, dtype=chain.rows.dtype, device=chain.rows.device)
+            layer.register_parameter(_TAP, nn.Parameter(zeros))
         try:
             yield module
         finally:  # the next run of the block has the same modules

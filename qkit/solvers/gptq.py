@@ -113,7 +113,8 @@ def aim(weights: list[Tensor], stats: Stats, options: dict[str, Any]) -> list[Te
     if stats.drift is None or stats.hessian is None or not share or not _finite(stats.drift):
         return weights
     damp = float(options.get("damp", 0.01)) * float(stats.hessian.diagonal().double().mean())
-    lower, info = torch.linalg.cholesky_ex(stats.hessian + damp * torch.eye(len(stats.hessian)))
+    identity = torch.eye(len(stats.hessian), device=stats.hessian.device)
+    lower, info = torch.linalg.cholesky_ex(stats.hessian + damp * identity)
     if int(info):
         return weights
     change = torch.cholesky_solve(stats.drift.T, lower).T
@@ -164,7 +165,7 @@ def _solve(task: Task, factor: Factor) -> list[QTensor]:
     scales = _Scales(task, cost, order)
     if order is not None:
         w = w[order]
-    codes = torch.empty(w.shape, dtype=_code_dtype(fmt))
+    codes = torch.empty(w.shape, dtype=_code_dtype(fmt), device=w.device)
     panels = _panels(fmt, order is not None)
     if factor.pull is None:
         _pass(w, w, spread, scales, codes, panels, fmt, repeated=False)
@@ -350,7 +351,9 @@ class _Scales:
             self.fixed = self._per_element(params, [(len(x), x.shape[1]) for x in self.task.weights])
         fmt = self.task.fmt
         if fmt.scale == "model" and fmt.strategy in ("group", "channel"):
-            natural = torch.arange(len(errors)) if factor.order is None else torch.argsort(factor.order)
+            natural = (
+                torch.arange(len(errors), device=errors.device) if factor.order is None else torch.argsort(factor.order)
+            )
             scales_of_columns, refitted = self.fixed[0].clone(), []
             for group in natural.split(fmt.group or len(errors)):
                 diagonal, pull = factor.diagonal[group, None], factor.pull[:, group]

@@ -61,7 +61,7 @@ class Refit:
             self.params.scale[:, place] = torch.where(change != 0, stored, self.params.scale[:, place])
             self.errors[some] -= v * change
             return
-        ones = torch.ones(v.shape[0], 1)
+        ones = torch.ones(v.shape[0], 1, device=v.device)
         b, bb, ab = slope.sum(0), self._energy(some, ones).sum(), bent.sum(0)
         minimum = self.params.minimum[:, place].to(torch.float32) * unit_below
         wanted = (a * bb - b * ab) / (aa * bb - ab * ab)

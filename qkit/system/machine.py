@@ -48,6 +48,7 @@ def available_memory() -> int | None:
     return free + process_bytes()
 
 
-def run_dtype(stored: torch.dtype) -> torch.dtype:
-    """The dtype in which blocks with weights in ``stored`` run: bfloat16 where the cores multiply it, else float32."""
-    return stored if stored == torch.bfloat16 and cores.multiplies_bf16() else torch.float32
+def run_dtype(stored: torch.dtype, device: str = "cpu") -> torch.dtype:
+    """The dtype in which blocks with weights in ``stored`` run: bfloat16 where the device multiplies it, else float32."""
+    multiplies = torch.cuda.is_bf16_supported() if device.startswith("cuda") else cores.multiplies_bf16()
+    return stored if stored == torch.bfloat16 and multiplies else torch.float32

@@ -30,7 +30,7 @@ _SUPER_FACTORS = (1.0, 0.85, 0.9, 0.95, 1.05)
 
 def find(w: Tensor, fmt: Format, importance: Tensor | None, search: bool) -> Params:
     """Params of a weight, float32 [out, in]. importance: float32 [in], weight of each column's squared error."""
-    weights = torch.ones(1, w.shape[1]) if importance is None else importance[None].to(torch.float32)
+    weights = torch.ones(1, w.shape[1], device=w.device) if importance is None else importance[None].to(torch.float32)
     per_column = tiles(weights, fmt)
     step = max(1, _ELEMENTS // w.shape[1])
     return Params.cat([_Search(tiles(rows, fmt), per_column, fmt, search).params() for rows in w.split(step)], dim=0)

@@ -70,7 +70,7 @@ class InputTransform:
         """The transform with residual channels (int32 indices, None: none) among ``columns`` channels."""
         if residual_channels is None:
             return InputTransform(scale, block)
-        rest = torch.ones(columns, dtype=torch.bool)
+        rest = torch.ones(columns, dtype=torch.bool, device=residual_channels.device)
         rest[residual_channels.long()] = False
         return InputTransform(
             scale, block, torch.cat([residual_channels.long(), rest.nonzero()[:, 0]]), len(residual_channels)

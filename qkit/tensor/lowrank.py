@@ -137,7 +137,7 @@ def _root(hessian: Tensor, ridge: float) -> Tensor:
     damped = hessian.double()
     damped.diagonal().add_(ridge)
     lower, info = torch.linalg.cholesky_ex(damped)
-    return torch.eye(len(damped), dtype=torch.float64) if int(info) else lower
+    return torch.eye(len(damped), dtype=torch.float64, device=damped.device) if int(info) else lower
 
 
 def _leading(gram: Tensor, rank: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,10 @@ class Params:
             global_scale=parts[0].global_scale,
             **{name: joined(name) for name in names},
         )
+
+    def to(self, device: torch.device) -> Params:
+        """The params on another device."""
+        return replace(self, **{name: t.to(device) for name, t in vars(self).items() if t is not None})
 
     def split(self, rows: Sequence[int]) -> list[Params]:
         """The params of slices of the rows of a weight with a scale of its own in each row: the inverse of ``cat``."""

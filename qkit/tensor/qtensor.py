@@ -58,6 +58,11 @@ class QTensor:
     sparse: Sparse | None = None
     low_rank: LowRank | None = None
 
+    def to(self, device: torch.device) -> QTensor:
+        """The weight on another device."""
+        sparse, low_rank = (None if x is None else x.to(device) for x in (self.sparse, self.low_rank))
+        return QTensor(self.codes.to(device), self.params.to(device), self.format, sparse, low_rank)  # type: ignore[arg-type]
+
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
@@ -205,12 +210,12 @@ def search_factors(fmt: Format) -> tuple[float, ...]:
 
 def _search(t: Tensor, weights: Tensor | None, fmt: Format, dtype: torch.dtype, global_scale: Tensor | None) -> Params:
     """The best of ``search_factors`` for each tile of t [R, C, n]; weights: [1, C, n] or None."""
-    factors = torch.tensor(search_factors(fmt))[:, None, None]
+    factors = torch.tensor(search_factors(fmt), device=t.device)[:, None, None]
     low, high = (x * factors for x in _range(t))
     candidates = params_from_range(low, high, fmt, dtype, global_scale)  # [factors, R, C]
     scales = effective_scale(candidates, fmt)[..., None].unbind()
     zeros = None if candidates.zero is None else candidates.zero.to(torch.float32)[..., None].unbind()
-    errors = torch.empty(low.shape)
+    errors = torch.empty(low.shape, device=t.device)
     buffer = torch.empty_like(t)
     for i, scale in enumerate(scales):
         torch.div(t, scale, out=buffer)
@@ -274,5 +279,6 @@ def weight_sha256(row_slices: Iterable[QTensor]) -> str:
     """
     digest = hashlib.sha256()
     for row_slice in row_slices:
-        digest.update(dequantize(replace(row_slice, low_rank=None)).contiguous().numpy().astype("<f4", copy=False).data)
+        dense = dequantize(replace(row_slice, low_rank=None)).contiguous().cpu()
+        digest.update(dense.numpy().astype("<f4", copy=False).data)
     return digest.hexdigest()

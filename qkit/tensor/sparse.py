@@ -96,7 +96,7 @@ def read(tensors: dict[str, Tensor]) -> Sparse | None:
 def make(flat: Tensor, values: Tensor, shape: tuple[int, int]) -> Sparse:
     """A sparse matrix of a shape. flat: int64 [n], ascending and unique positions in the row-major weight; values: [n]."""
     row = flat // shape[1]
-    starts = torch.zeros(shape[0] + 1, dtype=torch.int32)
+    starts = torch.zeros(shape[0] + 1, dtype=torch.int32, device=flat.device)
     starts[1:] = torch.bincount(row, minlength=shape[0]).cumsum(0)
     return Sparse(starts, (flat % shape[1]).to(torch.int32), values)
 

@@ -64,7 +64,7 @@ def balanced_error(state: BlockState, group: LinearGroup, power: int = 1) -> Los
     balance = state.original_values[MODALITY_WEIGHTS]
     weights = []
     for name in group.declared.linears:
-        kind_weights = torch.zeros(len(KINDS))
+        kind_weights = torch.zeros(len(KINDS), device=stats.kinds.device)
         kind_weights[VISION], kind_weights[ANSWER] = balance.get(name) or balance[part_of(group)], 1.0
         weights.append(stats.sample_weight * kind_weights[stats.kinds.long()])
 

@@ -22,7 +22,8 @@ def scale_keys(state: BlockState, exponents: Sequence[Sequence[int]]) -> None:
     keys = state.structure.family.keys
     assert keys is not None
     attention: Any = state.module.get_submodule(keys.attention)
-    scale = torch.exp2(torch.tensor(exponents, dtype=torch.float32)).repeat(1, 2)  # [key heads, head_dim]
+    halves = torch.exp2(torch.tensor(exponents, dtype=torch.float32, device=state.device))
+    scale = halves.repeat(1, 2)  # [key heads, head_dim]
     if hasattr(attention, keys.key_norm):
         _multiply(state, getattr(attention, keys.key_norm).weight, 1 / scale[0])
         _multiply(state, getattr(attention, keys.query_norm).weight, scale[0])

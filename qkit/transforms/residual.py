@@ -45,5 +45,5 @@ def _errors(x: Tensor, fmt: Format, state: BlockState, group: LinearGroup) -> Te
     energy = torch.stack([state.weight(linear).square().sum(0) for linear in group.linears]).sum(0)
     if not len(x):
         return energy
-    static = torch.tensor([static_scale(float(x.abs().max()), fmt)]) if fmt.strategy == "tensor_group" else None
+    static = x.new_tensor([static_scale(float(x.abs().max()), fmt)]) if fmt.strategy == "tensor_group" else None
     return (quantize_activations(x, fmt, static) - x).square().sum(0) * energy

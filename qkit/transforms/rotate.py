@@ -91,7 +91,7 @@ def _against(structure: ModelStructure) -> str:
 def rotate(state: BlockState, schemes: dict[str, Scheme], seed: int) -> None:
     """Rewrite the weights of a block (float32) and the norms of its stream, whose factors become 1."""
     stream = state.structure.stream.of(state.block.path)
-    q = orthogonal(_width(state.structure), seed)
+    q = orthogonal(_width(state.structure), seed).to(state.device)
     for param, norm in stream.reads.items():
         gain = _gain(state.module.get_submodule(norm), stream.offsets[norm]) if norm else None
         _rewrite(state, param, param in stream.transposed, lambda w, g=gain: (w if g is None else w * g) @ q)  # type: ignore[misc]
@@ -134,7 +134,7 @@ def _rotate_heads(state: BlockState, value: str, output: str, head: int, seed: i
     linears = {x.param: x for x in state.block.linears if x.expert is None and x.rows is None}
     if value not in linears or output not in linears:
         return
-    h = orthogonal(head, seed)
+    h = orthogonal(head, seed).to(state.device)
     of_value, of_output = linears[value], linears[output]
     w = state.weight(of_value)
     state.changed[of_value.name] = torch.einsum("ij,hik->hjk", h, w.view(-1, head, w.shape[1])).reshape(w.shape)

@@ -58,8 +58,9 @@ def search(
     x = stats.sample.float()
     references = [(x if reference_inputs is None else reference_inputs.float()) @ w.T for w in weights]
     importance = x.square().mean(0)
-    best, best_loss = torch.ones(x.shape[1]), float("inf")
-    for s in (torch.ones(x.shape[1]), *candidates):
+    unscaled = torch.ones(x.shape[1], device=x.device)
+    best, best_loss = unscaled, float("inf")
+    for s in (unscaled, *candidates):
         if not bool(s.isfinite().all()):
             continue
         y = _activations(x / s, stats.divided_by(s).absmax, scheme)
@@ -79,7 +80,7 @@ def _activations(x: Tensor, absmax: Tensor | None, scheme: Scheme) -> Tensor:
     if scheme.activations is None:
         return x
     assert absmax is not None
-    static = torch.tensor([static_scale(float(absmax.max()), scheme.activations)])
+    static = absmax.new_tensor([static_scale(float(absmax.max()), scheme.activations)])
     return quantize_activations(x, scheme.activations, static)
 
 

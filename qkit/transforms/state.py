@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qkit.calibration.statistics import Stats
@@ -46,6 +47,11 @@ class BlockState:
     original_values: dict[str, Any] = field(default_factory=dict)
     unproved: set[str] = field(default_factory=set)
     exact: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block is."""
+        return next(self.module.parameters()).device
 
     def weight(self, linear: Linear) -> Tensor:
         """The weight after the transforms so far, float32 [out, in]. Callers must not write to it."""

@@ -62,6 +62,7 @@ DEFAULTS: dict[str, Any] = {
     "answers_only": False,
     "seed": None,
     "threads": None,
+    "device": "auto",
 }
 
 

@@ -38,13 +38,14 @@ from qkit.files.folder import DENOISER, is_pipeline, weights_folder
 from qkit.files.job_folder import remove_job
 from qkit.files.locate import find_model, record_source
 from qkit.files.output import check_output_dir, commit_dir, remove_result
-from qkit.planning.plan import Plan, rows_reason
+from qkit.planning.plan import Plan, on_device, rows_reason
 from qkit.planning.recipe import Recipe
 from qkit.planning.recipe_file import recipe_file, run_notes
 from qkit.planning.request import Request, recipe_of
 from qkit.planning.towers import SKIP
 from qkit.sensitivity.forecast import PassForecast, gradient_passes, pass_operations, repair_memory
 from qkit.sensitivity.repair import repair
+from qkit.system.devices import find_device
 from qkit.system.machine import available_cores
 from qkit.system.memory import ran_out
 from qkit.system.parallel import workers
@@ -95,7 +96,7 @@ def prepare(
     request: Request, rows: Calibration | None = None, structure: ModelStructure | None = None
 ) -> PreparedRequest:
     """Plan a request; reads no weights. rows, structure: those of the request, where they were made before."""
-    recipe = recipe_of(request)
+    device, recipe = find_device(request.device), recipe_of(request)
     structure = structure or open_structure(request.model, adapter=request.adapter)
     if request.call and structure.family.streams is None:
         raise UsageError("--call is for a diffusion pipeline, and this model is none: leave it out")
@@ -119,6 +120,7 @@ def prepare(
     around = files_around(folder) if is_pipeline(folder) else None
     components = _components(folder, recipe, request, structure)
     plan = replace(plan, key_exponents=request.key_exponents, pipeline=around)
+    plan = on_device(plan, device, structure.dtype)
     threads = request.threads or available_cores()
     after = {"significant weights": repair_memory(plan, structure, threads)} if plan.significant else {}
     passes = gradient_passes(plan, structure, threads)
@@ -183,7 +185,9 @@ def _components(folder: Path, recipe: Recipe, request: Request, structure: Model
         if name == SECOND:
             requests[name] = replace(request, model=path, scheme=given or request.scheme, targets={})
         else:
-            requests[name] = Request(model=path, scheme=given, threads=request.threads, strict=request.strict)
+            requests[name] = Request(
+                model=path, scheme=given, threads=request.threads, device=request.device, strict=request.strict
+            )
         prepare(requests[name])
     return requests
 
@@ -247,7 +251,7 @@ def quantize(
     if "rotate" in plan.transforms:
         prove_rotation(whole_of(structure), plan.seed)
     with (
-        _told_of_memory(work),
+        _told_of_memory(work, plan.device),
         Job.open(work, job_identity(plan, hashed)) as job,
         Partial.claim(out, work) as partial,
         workers(request.threads) as pool,
@@ -297,13 +301,18 @@ def _clear_components(work: Path, prepared: PreparedRequest) -> None:
 
 
 @contextmanager
-def _told_of_memory(work: Path) -> Iterator[None]:
+def _told_of_memory(work: Path, device: str) -> Iterator[None]:
     """Raises IOFailure where memory runs out; what the job committed stays."""
     try:
         yield
     except (MemoryError, RuntimeError) as e:
         if not ran_out(e):
             raise
+        if device != "cpu":
+            raise IOFailure(
+                f"out of memory, on {device} or beside it; finished blocks are kept in {work}: close other programs there and "
+                "run the same command again, or start anew with --device cpu"
+            ) from e
         raise IOFailure(
             f"out of memory; finished blocks are kept in {work}: close other programs, then run the same command again, with "
             "fewer --threads if that is not enough"

@@ -19,11 +19,11 @@ from qkit.commands import VERBS, cli, main
 
 BUDGET = "bits candidates ceiling floor latency measure memory profile refine size"
 FLAGS = {
-    "quantize": "answers-only base calib calibrate-all-experts call effort embeddings engine expert-share export gpu "
+    "quantize": "answers-only base calib calibrate-all-experts call device effort embeddings engine expert-share export gpu "
     "group-size head json keep-job keep-source kv kv-memory kv-scale-keys max-length method model option out outliers "
     "overwrite padded policy prune-experts quality rank recipe require-revision revision rows-memory samples "
     f"scheme seed seqlen significant strict synthetic-samples target threads tp unloaded work {BUDGET}",
-    "plan": "answers-only base calib calibrate-all-experts call effort embeddings engine expert-share explain export "
+    "plan": "answers-only base calib calibrate-all-experts call device effort embeddings engine expert-share explain export "
     "figures gpu group-size head json keep-source kv kv-memory kv-scale-keys max-length method model option out "
     "outliers padded policy prune-experts python quality rank recipe require-revision revision rows-memory samples scheme "
     "seed seqlen significant strict synthetic-samples target threads tp unloaded "

@@ -1,0 +1,35 @@
+"""The device that a command computes on."""
+
+from __future__ import annotations
+
+import torch
+
+from qkit.errors import UsageError
+
+AUTO = "auto"
+
+
+def find_device(asked: str) -> str:
+    """The name of a device as torch has it, of ``--device``: 'auto' is the first GPU where torch sees one, else the CPU.
+
+    Raises UsageError for a device that is not here.
+    """
+    if asked == AUTO:
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(asked)
+    except RuntimeError as e:
+        raise UsageError(
+            f"--device {asked}: no name of a device: use auto, cpu, cuda, or cuda:1 for the second GPU"
+        ) from e
+    if device.type != "cuda":
+        return str(device)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise UsageError(
+            f"--device {asked}: PyTorch {torch.__version__} sees no GPU: use --device cpu, or install a driver and a PyTorch "
+            "for CUDA"
+        )
+    if (device.index or 0) >= count:
+        raise UsageError(f"--device {asked}: there are {count} GPUs, cuda:0 to cuda:{count - 1}")
+    return f"cuda:{device.index or 0}"
