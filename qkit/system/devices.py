@@ -18,10 +18,13 @@ def find_device(asked: str) -> str:
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(asked)
-    except RuntimeError as e:
+    except RuntimeError:
+        device = None
+    # Devices of other makers have the name that their package registers with PyTorch.
+    if device is None or device.type not in ("cpu", "cuda", torch._C._get_privateuse1_backend_name()):
         raise UsageError(
-            f"--device {asked}: no name of a device: use auto, cpu, cuda, or cuda:1 for the second GPU"
-        ) from e
+            f"--device {asked}: qkit does not compute on such a device: use auto, cpu, cuda, or cuda:1 for the second GPU"
+        )
     if device.type != "cuda":
         return str(device)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

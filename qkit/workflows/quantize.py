@@ -254,7 +254,7 @@ def quantize(
         _told_of_memory(work, plan.device),
         Job.open(work, job_identity(plan, hashed)) as job,
         Partial.claim(out, work) as partial,
-        workers(request.threads) as pool,
+        workers(request.threads if plan.device == "cpu" else 1) as pool,  # a GPU has work enough from one
     ):
         check_output_dir(out, source.resolve(), overwrite)  # once more, now that no other command writes there
         record_source(work, source)

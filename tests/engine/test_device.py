@@ -60,8 +60,8 @@ def test_the_device_refuses_tensors_of_two_devices():
         x.numpy()
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:x"])
-def test_a_name_that_torch_does_not_know(name):
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "meta", "mps"])
+def test_devices_that_are_refused(name):
     with pytest.raises(UsageError, match="use auto, cpu, cuda"):
         find_device(name)
 
