@@ -61,6 +61,9 @@ class Rows:
     device: torch.device = CPU
     largest: float = torch.finfo(torch.float32).max
 
+    def __post_init__(self) -> None:
+        self.kinds = None if self.kinds is None else self.kinds.to(self.device)
+
     def without(self, bad: Iterable[int]) -> Rows:
         """The rows with the indices ``bad`` marked as left out."""
         out = set(bad)

@@ -114,7 +114,7 @@ def embed(
             hidden=width,
             dtype=dtype,
             good=good or [True] * count,
-            kinds=None if calibration.row_kinds is None else calibration.row_kinds.to(device),
+            kinds=calibration.row_kinds,
             device=device,
             largest=largest,
         )
@@ -124,7 +124,6 @@ def embed(
         raise BadCalibration(f"no calibration sample reaches the {sequence.name}: use image-text data, or skip it")
     longest = max(torch.Size(lead).numel() for lead in lead_shapes)
     kinds = calibration.row_kinds if language and not streams else None
-    kinds = None if kinds is None else kinds.to(device)
     if kinds is not None and any(torch.Size(lead).numel() != length for lead in lead_shapes):
         raise unlike_tokens(structure)
     good = good or [True] * len(lead_shapes)

@@ -352,7 +352,7 @@ def _kinds(plan: Plan, structure: ModelStructure, record: _Record) -> Tensor | N
     if calibration is None or kinds is None:
         return None
     if all(torch.Size(lead).numel() == kinds.shape[1] for lead in record.leads):
-        return kinds[record.samples].to(plan.torch_device)
+        return kinds[record.samples]
     if calibration.mask is None:
         return None
     raise unlike_tokens(structure)

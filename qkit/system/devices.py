@@ -34,5 +34,7 @@ def find_device(asked: str) -> str:
             "for CUDA"
         )
     if (device.index or 0) >= count:
-        raise UsageError(f"--device {asked}: there are {count} GPUs, cuda:0 to cuda:{count - 1}")
+        raise UsageError(
+            f"--device {asked}: the last GPU that PyTorch sees is cuda:{count - 1}: use that, or one before it"
+        )
     return f"cuda:{device.index or 0}"

@@ -57,8 +57,8 @@ def quantize(
     overwrite: replace a result of qkit in ``out``, once the new one is proven
     keep_job:  keep the parts in the job folder after success
     progress:  gets the phases of the run (``qkit.system.progress.Progress``); default: silent
-    options:   those of the command line, with underscores: samples, seqlen, group_size, seed, threads, recipe, bits, size,
-               memory, kv, outliers, ...; ``options={'sweeps': 4}`` are those of the method
+    options:   those of the command line, with underscores: samples, seqlen, group_size, seed, threads, device, recipe, bits,
+               size, memory, kv, outliers, ...; ``options={'sweeps': 4}`` are those of the method
     Gives the report of the proof. Raises UsageError, BadRecipe, BadCheckpoint, BadCalibration for bad input, Unsupported for
     what cannot be done, IOFailure, JobConflict, NumericFailure and VerifyFailure (``qkit.errors``).
     """

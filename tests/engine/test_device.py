@@ -14,6 +14,7 @@ import qkit
 from qkit.errors import UsageError
 from qkit.system.devices import find_device
 
+GROUPED = ("w3a16", "w4a16", "w4a16_asym")
 LEARNED = {"steps": 3, "loss_weighted": True, "guided": True, "e2e_steps": 2}
 SWEPT = {"signed": True, "sweeps": 2, "compensate": 0.5}
 CASES = {
@@ -38,17 +39,16 @@ def digests(out):
 
 @pytest.mark.parametrize("name", CASES)
 def test_bytes_are_those_of_the_cpu(name, tiny, calib, tmp_path):
-    family, given = CASES[name]
-    given = {"group_size": 32, **given} if given["scheme"] in ("w3a16", "w4a16", "w4a16_asym") else given
-    given |= {"calib": calib, "samples": 8, "seqlen": 32, "threads": 1}
-    model = tiny(family)
-    for device in ("cpu", second_device.NAME):
-        assert qkit.quantize(model, out=tmp_path / device[:3], device=device, **given).ok
-    here, there = tmp_path / "cpu", tmp_path / "sec"
-    assert digests(here) == digests(there)
-    if (there / "recipe.yaml").exists():
-        assert "device: second" in (there / "recipe.yaml").read_text()
-        assert "device" not in (here / "recipe.yaml").read_text()
+    family, options = CASES[name]
+    group = {"group_size": 32} if options["scheme"] in GROUPED else {}
+    rows = {"calib": calib, "samples": 8, "seqlen": 32, "threads": 1}
+    on_cpu, on_second = tmp_path / "cpu", tmp_path / "second"
+    for out, device in ((on_cpu, "cpu"), (on_second, second_device.NAME)):
+        assert qkit.quantize(tiny(family), out=out, device=device, **rows, **group, **options).ok
+    assert digests(on_cpu) == digests(on_second)
+    if (on_second / "recipe.yaml").exists():
+        assert "device: second" in (on_second / "recipe.yaml").read_text()
+        assert "device" not in (on_cpu / "recipe.yaml").read_text()
 
 
 def test_the_device_refuses_tensors_of_two_devices():
@@ -84,5 +84,5 @@ def test_plan_says_the_device(run, tiny, calib, tmp_path):
         "--samples", 8, "--device", second_device.NAME, "--json", file,
     )  # fmt: skip
     assert code == 0 and "on second:0" in " ".join(said.split())
-    found = json.loads(file.read_text())
-    assert found["device"] == second_device.NAME and "seconds" not in found
+    plan = json.loads(file.read_text())
+    assert plan["device"] == second_device.NAME and "seconds" not in plan["forecast"]
